@@ -1,0 +1,60 @@
+# One virtual environment, .venv, for everything; each target installs what it needs, once. Another environment or
+# Python: make test VENV=.venv-3.13 PYTHON=/usr/bin/python3.13
+SHELL := bash
+VENV ?= .venv
+PYTHON ?=
+BIN := $(VENV)/bin
+# What has to be built or installed anew when it changes; Python files take effect as they are.
+BUILT_FROM := pyproject.toml engine/_gear.pyx .pkg/coffret/__init__.py
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help venv demo test lint types bench clean
+
+help:
+	@echo 'make demo    back up, check and restore a real directory, and show each command'
+	@echo 'make test    all tests'
+	@echo 'make lint    ruff and import-linter;  make types: mypy'
+	@echo 'make bench   measure, beside other backup programs where they are installed'
+	@echo 'make venv    only install, into $(VENV): $(BIN)/coffret is the program'
+	@echo 'make clean   remove $(VENV) and everything else that was made here'
+
+venv: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/demo.sh
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed-lint
+	$(BIN)/mypy
+	$(BIN)/mypy tests bench
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_gear.c engine/_gear.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A link to an interpreter that has gone counts as missing, hence --clear.
+$(BIN)/python:
+	python='$(PYTHON)'; python=$${python:-$$(.ci/pythons newest)} && "$$python" -m venv --clear $(VENV)
+
+$(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-lint: $(BUILT_FROM) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[test,lint]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

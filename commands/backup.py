@@ -1,0 +1,132 @@
+"""`coffret backup`, and `push`, which is the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coffret.commands.running import Session
+from coffret.display import printable
+from coffret.engine.settings import COMPRESSION_LEVELS
+from coffret.engine.units import format_duration, format_size, parse_size
+
+if TYPE_CHECKING:
+    from coffret.engine.filters import Filters
+    from coffret.engine.ops.backup import BackupOptions, BackupSummary
+
+# Done, but a part of the source could not be read.
+PARTLY = 3
+
+
+@click.command(help="Back up PATHs (default: the current directory) as one snapshot; `-` is standard input.")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches (gitignore rules, from /).")
+@click.option("--exclude-file", multiple=True, metavar="FILE", help="Leave out what matches a line of FILE.")
+@click.option("--ignore-file", multiple=True, metavar="NAME", help="Honour files of this name, like .gitignore.")
+@click.option("--exclude-caches", is_flag=True, help="Leave out the content of directories with a CACHEDIR.TAG.")
+@click.option("--exclude-larger-than", metavar="SIZE", help="Leave out files larger than SIZE (10M, 1.5GiB).")
+@click.option("--one-file-system", is_flag=True, help="Do not cross into other file systems.")
+@click.option("--tag", multiple=True, metavar="TAG", help="Tag the snapshot.")
+@click.option("--host", default="", metavar="NAME", help="Record this host name.")
+@click.option("--force", is_flag=True, help="Read all files, unchanged or not.")
+@click.option("--ignore-inode", is_flag=True, help="Do not take another inode number for a change.")
+@click.option("--ignore-ctime", is_flag=True, help="Do not take another ctime for a change.")
+@click.option("--compression", type=click.Choice(list(COMPRESSION_LEVELS)), default="default", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Tell what would be done; store nothing.")
+@click.option("--stdin-name", metavar="NAME", help="The file name for standard input.")
+@click.option("--stdin-command", metavar="CMD", help="Back up what CMD prints; fails when CMD fails.")
+@click.pass_obj
+def command(session: Session, paths: tuple[str, ...], **given: Any) -> int:
+    """Back up and report."""
+    display = session.display
+    filters = _filters(given)
+
+    async def backup() -> int:
+        from coffret.engine.stream import StreamSource
+
+        source = StreamSource.asked_for(paths, name=given["stdin_name"], command=given["stdin_command"])
+        roots = [os.fsencode(path) for path in paths] or [os.fsencode(os.getcwd())]
+        async with session.repository() as repository:
+            for note in repository.notes:
+                display.note(note)
+            options = _options(session, given, filters)
+            summary = await repository.backup(source or roots, options, display.progress)
+        return _report(session, summary, dry_run=given["dry_run"])
+
+    return session.run(backup, progress=True)
+
+
+def _filters(given: dict[str, Any]) -> Filters | None:
+    wanted = (given["exclude"], given["exclude_file"], given["ignore_file"])
+    if not any(wanted) and not given["exclude_caches"] and given["exclude_larger_than"] is None:
+        return None
+    from coffret.engine.filters import Filters
+
+    limit = given["exclude_larger_than"]
+    return Filters(
+        excludes=given["exclude"],
+        exclude_files=[Path(file) for file in given["exclude_file"]],
+        ignore_names=given["ignore_file"],
+        exclude_caches=given["exclude_caches"],
+        exclude_larger_than=parse_size(limit) if limit is not None else None,
+    )
+
+
+def _options(session: Session, given: dict[str, Any], filters: Filters | None) -> BackupOptions:
+    from coffret.engine.ops.backup import BackupOptions
+    from coffret.engine.pipeline import Limits
+
+    limits = Limits()
+    workers = session.globals.workers or limits.workers
+    uploads = session.globals.connections or limits.uploads
+    return BackupOptions(
+        tags=given["tag"],
+        host=given["host"],
+        force=given["force"],
+        filters=filters,
+        one_file_system=given["one_file_system"],
+        ignore_inode=given["ignore_inode"],
+        ignore_ctime=given["ignore_ctime"],
+        level=COMPRESSION_LEVELS[given["compression"]],
+        dry_run=given["dry_run"],
+        limits=Limits(workers=workers, uploads=uploads),
+    )
+
+
+def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
+    header, counts = summary.snapshot.header, summary.counts
+    done = "would create" if dry_run else "created"
+    tail = f", {counts.errors} errors" if counts.errors else ""
+    duration_s = summary.duration_ns / 1e9
+    session.display.summary(
+        f"backup: {done} unsigned snapshot {summary.snapshot.short_id} of size {format_size(counts.size_bytes)}"
+        f" in {format_duration(duration_s)}{tail}",
+        snapshot_id=summary.snapshot.id,
+        short_id=summary.snapshot.short_id,
+        parent_id=header.parent.hex() or None,
+        dry_run=dry_run,
+        paths=[printable(root) for root in header.roots],
+        files=counts.files,
+        directories=counts.directories,
+        others=counts.others,
+        size_bytes=counts.size_bytes,
+        new=counts.new,
+        changed=counts.changed,
+        unmodified=counts.unmodified,
+        bytes_read=counts.read_bytes,
+        bytes_added=counts.added_bytes,
+        bytes_stored=counts.stored_bytes,
+        errors=counts.errors,
+        duration_s=duration_s,
+        queues=[
+            {"name": c.name, "items": c.items, "bytes": c.size_bytes, "peak_items": c.peak_items, "peak_bytes": c.peak_bytes,
+             "sender_wait_s": round(c.sender_wait_s, 4), "receiver_wait_s": round(c.receiver_wait_s, 4)}
+            for c in session.display.progress.channels
+        ],
+    )
+    return PARTLY if counts.errors else 0
+
+

@@ -1,0 +1,111 @@
+"""`coffret ls`."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from coffret.commands.running import Session, common_path, split_target
+from coffret.display import path_fields, printable
+from coffret.engine.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from coffret.engine.records import Entry
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
+
+TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character-device",
+    stat.S_IFBLK: "block-device",
+}
+
+
+@click.command(help="List snapshots; or, of SNAPSHOT, all it holds; or, of SNAPSHOT:PATH, what PATH holds.")
+@click.argument("snapshot", required=False, metavar="[SNAPSHOT[:PATH]]")
+@click.option("-r", "--recursive", is_flag=True, help="List all that lies below PATH.")
+@click.pass_obj
+def command(session: Session, snapshot: str | None, recursive: bool) -> int:
+    """List."""
+
+    async def list_() -> int:
+        async with session.repository() as repository:
+            if snapshot is None:
+                for found in (await repository.commits()).snapshots:
+                    show_snapshot(session, found)
+                return 0
+            name, path = split_target(snapshot)
+            await _entries(session, repository, await repository.find_snapshot(name), path, recursive)
+            return 0
+
+    return session.run(list_)
+
+
+def iso_time(time_ns: int) -> str:
+    """A time in UTC, as ISO 8601 to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_ns // 1_000_000_000))
+
+
+def show_snapshot(session: Session, snapshot: Snapshot) -> None:
+    """A line: time, short id, size, duration, path."""
+    header = snapshot.header
+    duration_s = header.duration_ns / 1e9
+    session.display.line(
+        f"{iso_time(header.time_ns)}   {snapshot.short_id}   {format_size(header.counts.size_bytes):>8}"
+        f"   {format_duration(int(duration_s)):>5}   {' '.join(printable(root) for root in header.roots)}"
+    )
+    session.display.item(
+        snapshot_id=snapshot.id,
+        short_id=snapshot.short_id,
+        time=iso_time(header.time_ns),
+        host=header.host,
+        user=header.user,
+        paths=[printable(root) for root in header.roots],
+        path=printable(common_path(header.roots)),
+        tags=header.tags,
+        size_bytes=header.counts.size_bytes,
+        files=header.counts.files,
+        errors=header.counts.errors,
+        duration_s=duration_s,
+    )
+
+
+async def _entries(
+    session: Session, repository: Repository, snapshot: Snapshot, path: bytes | None, recursive: bool
+) -> None:
+    start = b"" if path is None else path.strip(b"/")
+    async for directory, entries in repository.entries(snapshot, start, recursive=recursive or path is None):
+        prefix = b"/" + directory + b"/" if directory else b"/"
+        for entry in entries:
+            _show(session, prefix + entry.name, entry)
+
+
+def _show(session: Session, path: bytes, entry: Entry) -> None:
+    link = f" -> {printable(entry.extra.target)}" if entry.extra is not None and entry.extra.target else ""
+    if not session.globals.json:
+        session.display.line(
+            f"{stat.filemode(entry.mode)} {entry.user or entry.uid!s:>8} {entry.group or entry.gid!s:>8} "
+            f"{entry.size:>12} {iso_time(entry.mtime_ns)} {printable(path)}{link}"
+        )
+        return
+    target = {"target": os.fsdecode(entry.extra.target).encode("utf-8", "replace").decode()} if link and entry.extra else {}
+    session.display.item(
+        **path_fields(path),
+        type=TYPES.get(stat.S_IFMT(entry.mode), "other"),
+        mode=f"{stat.S_IMODE(entry.mode):04o}",
+        uid=entry.uid,
+        gid=entry.gid,
+        user=entry.user,
+        group=entry.group,
+        size_bytes=entry.size,
+        mtime=f"{iso_time(entry.mtime_ns)[:-1]}.{entry.mtime_ns % 1_000_000_000:09d}Z",
+        **target,
+    )

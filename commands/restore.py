@@ -1,0 +1,72 @@
+"""`coffret restore`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coffret.commands.running import Session, common_path, split_target
+from coffret.display import printable
+
+if TYPE_CHECKING:
+    from coffret.engine.ops.restore import RestoreOptions
+
+# Done, but a part of the target could not be written.
+PARTLY = 3
+
+
+@click.command(help="Restore SNAPSHOT, or what lies at PATH in it, into a directory (default: ./coffret-<short id>).")
+@click.argument("snapshot", metavar="SNAPSHOT[:PATH]")
+@click.option("--to", "target", metavar="DIR", help="Where to; receives the contents of the snapshot's root.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Restore only what matches (gitignore rules).")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches.")
+@click.option("--overwrite", type=click.Choice(["always", "if-changed", "never"]), help="Into a directory that is not empty.")
+@click.option("--no-owner", is_flag=True, help="Do not restore owners.")
+@click.option("--sparse", is_flag=True, help="Keep the holes of sparse files.")
+@click.pass_obj
+def command(session: Session, snapshot: str, target: str | None, **given: Any) -> int:
+    """Restore and report."""
+    display = session.display
+
+    async def restore() -> int:
+        async with session.repository() as repository:
+            name, path = split_target(snapshot)
+            found = await repository.find_snapshot(name)
+            display.progress.subject = found.short_id
+            into = target or f"coffret-{found.short_id}"
+            summary = await repository.restore(
+                found, os.fsencode(into), path=path, options=_options(given), progress=display.progress
+            )
+        shown = printable(path or common_path(found.header.roots))
+        ending = f"with {summary.errors} errors" if summary.errors else "successfully"
+        display.summary(
+            f"restore: restoration of {found.short_id}:{shown} at {into} completed {ending}",
+            snapshot_id=found.id,
+            path=shown,
+            target=into,
+            files=summary.files,
+            size_bytes=summary.size_bytes,
+            errors=summary.errors,
+            duration_s=summary.duration_s,
+        )
+        return PARTLY if summary.errors else 0
+
+    return session.run(restore, progress=True)
+
+
+def _options(given: dict[str, Any]) -> RestoreOptions:
+    from coffret.engine.ops.restore import RestoreOptions
+
+    patterns = None
+    if given["include"] or given["exclude"]:
+        from coffret.engine.filters import PathPatterns
+
+        patterns = PathPatterns(given["include"], given["exclude"])
+    return RestoreOptions(
+        overwrite=given["overwrite"] or "refuse",
+        patterns=patterns,
+        owner=False if given["no_owner"] else None,
+        sparse=given["sparse"],
+    )

@@ -1,0 +1,193 @@
+"""What every command shares: its repository, its passphrase, its display, signals, and errors turned into exit codes."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import sys
+import traceback
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import click
+
+from coffret.display import Display, terminal
+from coffret.engine.errors import CoffretError, UsageError, WrongPassphrase, reported
+from coffret.engine.passphrase import passphrase_from_environment
+from coffret.engine.repository import OpenOptions, open_repository
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from coffret.cli import Globals
+    from coffret.engine.repository import Repository
+
+INTERRUPTED = 130
+
+
+class Session:
+    """One run of a command: its global options, its display."""
+
+    def __init__(self, name: str, globals_: Globals) -> None:
+        self.name, self.globals = name, globals_
+        self.display = Display(name, quiet=globals_.quiet, verbose=globals_.verbose, as_json=globals_.json)
+
+    @property
+    def options(self) -> OpenOptions:
+        """What the engine is told of this machine and the storage."""
+        found = self.globals
+        return OpenOptions(
+            connector=found.options,
+            cache_dir=Path(found.cache_dir) if found.cache_dir else None,
+            use_cache=not found.no_cache,
+            expect_id=found.expect_id,
+        )
+
+    @asynccontextmanager
+    async def repository(self) -> AsyncIterator[Repository]:
+        """The repository of the command line, opened."""
+        async with open_repository(self.globals.repository, passphrase=self.passphrase, options=self.options) as opened:
+            yield opened
+
+    def passphrase(self) -> bytes:
+        """The passphrase of an existing repository, from the environment, or asked for once on a terminal.
+
+        :raises WrongPassphrase: if there is none
+        """
+        found = passphrase_from_environment(os.environ)
+        if found is not None:
+            return found
+        if not terminal():
+            raise WrongPassphrase("the repository is encrypted and no passphrase was given")
+        return ask("repository passphrase: ")
+
+    def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:
+        """Run an operation in the event loop, with the display beside it if `progress`; return the exit code.
+
+        Ctrl-C and SIGTERM cancel it, and it ends cleanly; a second one kills it.
+        """
+        interrupted = False
+
+        async def watch(scope: anyio.CancelScope) -> None:
+            nonlocal interrupted
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for number in signals:
+                    if interrupted:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    interrupted = True
+                    self.display.note(f"{signal.Signals(number).name}: stopping")
+                    scope.cancel()
+
+        async def guarded() -> int:
+            code = INTERRUPTED
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch, group.cancel_scope)
+                if progress:
+                    group.start_soon(self.display.run)
+                code = await operation()
+                group.cancel_scope.cancel()
+            return code
+
+        try:
+            code = anyio.run(guarded)
+        except BaseException as error:
+            if interrupted:
+                code = INTERRUPTED
+            else:
+                return self._report(error)
+        if interrupted:
+            self.display.error(Interrupted("interrupted; what was stored is kept and will be taken up"))
+            return INTERRUPTED
+        return code
+
+    def _report(self, error: BaseException) -> int:
+        known = reported(error)
+        if known is None:
+            if os.environ.get("COFFRET_TRACEBACK"):
+                traceback.print_exception(error)
+            inner = first_of(error)
+            if not isinstance(inner, Exception):
+                raise error
+            known = CoffretError(
+                f"unexpected {type(inner).__name__}: {inner}",
+                remedy="this is a bug; COFFRET_TRACEBACK=1 tells where, please report it",
+            )
+        self.display.error(known)
+        return known.exit_code
+
+
+class Interrupted(CoffretError):
+    """Ctrl-C."""
+
+    exit_code = INTERRUPTED
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error inside groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def invoke(command: click.Command, name: str, arguments: list[str], globals_: Globals) -> int:
+    """Parse a command's own arguments and run it; return the exit code."""
+    session = Session(name, globals_)
+    try:
+        with command.make_context(f"coffret {name}", arguments, obj=session) as context:
+            code = command.invoke(context)
+        sys.stdout.flush()
+        return int(code or 0)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        session.display.error(UsageError(error.format_message(), remedy=f"see `coffret {name} --help`"))
+        return UsageError.exit_code
+    except CoffretError as error:
+        session.display.error(error)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output is gone; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def ask(prompt: str) -> bytes:
+    """A passphrase from the terminal, as UTF-8."""
+    try:
+        return getpass.getpass(prompt).encode("utf-8", "surrogateescape")
+    except EOFError:
+        raise WrongPassphrase("no passphrase was given") from None
+
+
+def new_passphrase(*, prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE") -> bytes:
+    """A passphrase for something new: from the environment, or asked for twice on a terminal.
+
+    :raises UsageError: if there is none, or the two differ
+    """
+    found = passphrase_from_environment(os.environ, prefix)
+    if found is not None:
+        return found
+    if not terminal():
+        raise WrongPassphrase("a passphrase is needed and none was given")
+    first = ask(f"{prompt}: ")
+    if not first:
+        raise UsageError("the passphrase is empty", remedy="choose one; --no-encryption makes a repository without")
+    if ask(f"{prompt} (confirm): ") != first:
+        raise UsageError("the passphrases differ", remedy="try again")
+    return first
+
+
+def split_target(text: str) -> tuple[str, bytes | None]:
+    """SNAPSHOT[:PATH] as (snapshot, absolute path or None)."""
+    snapshot, colon, path = text.partition(":")
+    if not colon:
+        return snapshot, None
+    return snapshot, b"/" + os.fsencode(path).strip(b"/")
+
+
+def common_path(roots: Sequence[bytes]) -> bytes:
+    """The path a snapshot's roots are shown under."""
+    return roots[0] if len(roots) == 1 else os.path.commonpath(roots)
+

@@ -1,0 +1,275 @@
+"""Objects as files below a folder: `packs/0f/0f3a…` is the file of that name.
+
+An object is written to a file of its own in `tmp/`, made durable, and only then given its name: by link, if it must
+be absent, else by rename. All paths are relative to one descriptor of the folder, opened at first use, so that a folder
+that is swapped for another meanwhile is never used by halves.
+
+Large objects go to the disk past the page cache: 60 packs of 32 MiB, two at a time, took 0.13 CPU seconds with
+O_DIRECT and 1.9 to 8.3 through the cache, which besides loses what others had in it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import threading
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from coffret.connectors import localfiles
+from coffret.connectors.base import NAME, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
+from coffret.connectors.errors import (
+    AlreadyExists,
+    InvalidLocation,
+    InvalidRange,
+    NotFound,
+    NotStorage,
+    TransientError,
+)
+from coffret.connectors.threads import Threads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from coffret.connectors.base import Buffer
+
+FOLDERS = ("keys", "packs", "index", "snapshots", "leases", "trash", "removed", "tmp")
+_LIST_BATCH = 1000
+_THREADS = 8
+
+
+def open_url(url: str, options: Mapping[str, str]) -> LocalConnector:
+    """The connector for a path or a `file:///` URL (percent-encoded).
+
+    :raises InvalidLocation: if there are options, a host other than this one, or no absolute path in the URL
+    """
+    if options:
+        raise InvalidLocation(f"a local repository has no option {min(options)!r}")
+    if url[:7].lower() == "file://":
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
+            raise InvalidLocation(f"{url}: a file URL has the form file:///path, and ? and # are written %3F and %23")
+        url = os.fsdecode(unquote_to_bytes(parts.path))
+    elif url.startswith("~"):
+        url = os.path.expanduser(url)  # not Path's, which fails for ~unknown: a file may be called so
+    return LocalConnector(url)
+
+
+class LocalConnector(Connector):
+    """A repository in a folder, which `create` makes if need be."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if "\0" in os.fspath(path) or not os.fspath(path):
+            raise InvalidLocation(f"not a path: {os.fspath(path)!r}")
+        self.path = Path(os.path.realpath(path))
+        self.location = f"file://{quote(os.fsencode(self.path))}"
+        self._threads = Threads(_THREADS, "coffret-local")
+        self._lock = threading.Lock()
+        self._root_fd = -1
+        self._swept = False
+
+    async def create(self) -> None:
+        await self._threads.run(self._create)
+
+    async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
+        await self._threads.run(self._put, valid_name(name), body, if_absent)
+
+    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        return await self._threads.run(self._get, valid_name(name), offset, length)
+
+    async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        await self._threads.run(self._get_into, valid_name(name), offset, buffer)
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        walk = self._walk(valid_prefix(prefix))
+        try:
+            while batch := await self._threads.run(_take, walk):
+                for info in batch:
+                    yield info
+        finally:
+            walk.close()
+
+    async def stat(self, name: str) -> ObjectInfo:
+        return await self._threads.run(self._stat, valid_name(name))
+
+    async def delete(self, name: str) -> None:
+        await self._threads.run(self._delete, valid_name(name))
+
+    async def close(self) -> None:
+        self._threads.close()
+        with self._lock:
+            if self._root_fd >= 0:
+                os.close(self._root_fd)
+                self._root_fd = -1
+
+    # What follows runs in threads.
+
+    def _root(self) -> int:
+        """The descriptor of the repository's folder.
+
+        :raises NotFound: if there is none: a disk that is not mounted must not look like an empty repository
+        """
+        with self._lock:
+            if self._root_fd < 0:
+                with localfiles.mapped(str(self.path)):
+                    self._root_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            return self._root_fd
+
+    def _create(self) -> None:
+        with localfiles.mapped(str(self.path)):
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            try:
+                self.path.mkdir(0o700, parents=True, exist_ok=True)
+            except FileExistsError:
+                raise NotStorage(f"{self.path} is not a folder") from None
+            for folder in missing:
+                localfiles.sync_folder(str(folder.parent), None)
+            if self._may_be_made_one():
+                root = self._root()
+                # The 256 folders of packs too: a put then needs no new folder, which would cost it another fsync.
+                for name in (*FOLDERS, *(f"packs/{number:02x}" for number in range(256))):
+                    with suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=root)
+                localfiles.sync_folder("packs", root)
+                localfiles.sync_folder("", root)
+
+    def _may_be_made_one(self) -> bool:
+        """Whether this is an empty folder, or one whose `create` was cut short; not if it has a config already.
+
+        :raises NotStorage: if it holds anything else
+        """
+        names = set()
+        for entry in localfiles.scan("", self._root()):
+            if (entry.name == "config" and entry.is_file()) or (entry.name in FOLDERS and entry.is_dir()):
+                names.add(entry.name)
+            elif entry.name != "lost+found":  # the root of a disk
+                raise NotStorage(f"{self.path} holds other files, {entry.name!r} for one")
+        if "config" in names:
+            return False
+        # A creation cut short leaves a key slot at most. More is a repository that lost its config: not to be buried
+        # under a new one.
+        for info in self._walk(""):
+            if not info.name.startswith("keys/"):
+                raise NotStorage(f"{self.path} holds objects of a repository without its config")
+        return True
+
+    def _put(self, name: str, body: Sequence[Buffer], if_absent: bool) -> None:
+        root, folder = self._root(), name.rpartition("/")[0]
+        with self._mapped(name):
+            try:
+                taken = if_absent and localfiles.exists(name, root)
+                taken = taken or not self._write(name, body, root, if_absent)
+                # Also if it is taken: whoever is told so may rely on the object, so it must be durable by now.
+                localfiles.sync_folder(folder, root)
+            except FileNotFoundError:
+                raise TransientError(f"{self.path}/{name}: its folder vanished while it was written") from None
+        if taken:
+            raise AlreadyExists(f"{self.path}/{name} exists already")
+
+    def _write(self, name: str, body: Sequence[Buffer], root: int, if_absent: bool) -> bool:
+        """Write an object to a file of its own, then name it; False if the name is taken."""
+        temporary = f"tmp/{secrets.token_hex(16)}"
+        fd = self._open_temporary(temporary, root)
+        try:
+            localfiles.write_durably(fd, body)
+            try:
+                localfiles.give_name(temporary, name, root, if_absent)
+            except FileNotFoundError:
+                localfiles.make_folders(name.rpartition("/")[0], root)
+                localfiles.give_name(temporary, name, root, if_absent)
+        except FileExistsError:
+            return False
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=root)
+            os.close(fd)
+        return True
+
+    def _open_temporary(self, temporary: str, root: int) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        try:
+            fd = os.open(temporary, flags, 0o600, dir_fd=root)
+        except FileNotFoundError:
+            localfiles.make_folders("tmp", root)
+            fd = os.open(temporary, flags, 0o600, dir_fd=root)
+        if not self._swept:
+            self._swept = True
+            localfiles.sweep(root, os.fstat(fd).st_mtime)
+        return fd
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, int]]:
+        """An object's descriptor and size in bytes."""
+        root = self._root()
+        with self._mapped(name):
+            try:
+                # Not blocking, should somebody have put a pipe there.
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=root)
+            except NotADirectoryError:
+                raise NotFound(f"{self.path}/{name}: there is no such object") from None
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise NotFound(f"{self.path}/{name} is not a file")
+                yield fd, status.st_size
+            finally:
+                os.close(fd)
+
+    def _get(self, name: str, offset: int, length: int | None) -> bytes:
+        with self._opened(name) as (fd, size_bytes):
+            wanted = checked_range(name, size_bytes, offset, length)
+            parts = []
+            while wanted:  # more than once if it is over 2 GiB
+                part = os.pread(fd, wanted, offset)
+                if not part:
+                    raise InvalidRange(f"{self.path}/{name} was cut while it was read")
+                parts.append(part)
+                wanted, offset = wanted - len(part), offset + len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        with self._opened(name) as (fd, size_bytes):
+            checked_range(name, size_bytes, offset, len(buffer))
+            if localfiles.read_into(fd, offset, buffer) < len(buffer):
+                raise InvalidRange(f"{self.path}/{name} was cut while it was read")
+
+    def _walk(self, prefix: str) -> Generator[ObjectInfo]:
+        root = self._root()
+        folders = [prefix.rpartition("/")[0]]
+        while folders:
+            folder = folders.pop()
+            with self._mapped(folder):
+                for entry in localfiles.scan(folder, root):
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if not name.startswith(prefix) or not NAME.fullmatch(name):
+                        continue
+                    if entry.is_dir():
+                        folders.append(name)
+                        continue
+                    with suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            yield ObjectInfo(name, status.st_size, status.st_mtime)
+
+    def _stat(self, name: str) -> ObjectInfo:
+        with self._opened(name) as (fd, size_bytes):
+            return ObjectInfo(name, size_bytes, os.fstat(fd).st_mtime)
+
+    def _delete(self, name: str) -> None:
+        root = self._root()
+        with self._mapped(name), suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(name, dir_fd=root)
+            localfiles.sync_folder(name.rpartition("/")[0], root)
+
+    def _mapped(self, name: str) -> AbstractContextManager[None]:
+        return localfiles.mapped(f"{self.path}/{name}")
+
+
+def _take(walk: Iterator[ObjectInfo]) -> list[ObjectInfo]:
+    return list(islice(walk, _LIST_BATCH))

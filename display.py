@@ -1,0 +1,200 @@
+"""What the user sees: a live display on a terminal, plain lines in a pipe, JSON lines where a program reads.
+
+Renders what the engine tells (`coffret.engine.progress`); the words of results are those of the commands in `cli.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from coffret.engine.progress import Progress
+from coffret.engine.units import format_size
+
+if TYPE_CHECKING:
+    from coffret.engine.errors import CoffretError
+    from coffret.engine.progress import Fault, Item
+
+SCHEMA_VERSION = 1
+# A terminal is redrawn this often; a pipe or a program gets a line a second at most (s).
+_REDRAW_S, _LINE_S = 0.1, 1.0
+
+
+def printable(path: bytes) -> str:
+    """A path for people and JSON: what is not UTF-8 is escaped, control characters too, so that no name moves a cursor."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def path_fields(path: bytes) -> dict[str, str]:
+    """A path in JSON: `path`, and `path_b64` if it is not UTF-8."""
+    try:
+        return {"path": path.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"path": path.decode("utf-8", "replace"), "path_b64": base64.b64encode(path).decode()}
+
+
+class Display:
+    """The display of one command. `quiet`, `verbose` and `as_json` are the global options; `name` the command."""
+
+    def __init__(self, name: str, *, quiet: bool, verbose: bool, as_json: bool) -> None:
+        self.name, self.as_json = name, as_json
+        self.quiet, self.verbose = quiet, verbose
+        self.progress = Progress(on_fault=self._fault, on_note=self.note)
+        if verbose:
+            self.progress.on_item = self._item
+        self._live: Any = None
+        self._begin = time.perf_counter()
+
+    # Results ----------------------------------------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        """A line of the result; not in JSON."""
+        if not self.as_json:
+            self._out(text)
+
+    def item(self, **fields: Any) -> None:
+        """An object of a listing; only in JSON."""
+        if self.as_json:
+            self._json("item", **fields)
+
+    def summary(self, text: str, **fields: Any) -> None:
+        """The end: what happened."""
+        if self.as_json:
+            self._json("summary", schema_version=SCHEMA_VERSION, command=self.name, **fields)
+        elif not self.quiet:
+            self._out(text)
+
+    def error(self, error: CoffretError) -> None:
+        """The one line of a failure: what happened, and what to do."""
+        message, remedy = str(error), error.remedy
+        if self.as_json:
+            self._json("error", message=message, remedy=remedy, code=error.exit_code)
+        text = f"coffret: {message}" + (f" ({remedy})" if remedy else "")
+        print(text.replace("\n", " "), file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """A remark."""
+        if self.as_json:
+            self._json("status", note=text)
+        elif not self.quiet:
+            print(f"{self.name}: note: {text}", file=sys.stderr)
+
+    # Progress ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Show the progress until cancelled."""
+        if self.quiet:
+            await anyio.sleep_forever()
+        if not self.as_json and sys.stderr.isatty():
+            await self._run_live()
+        else:
+            while True:
+                await anyio.sleep(_LINE_S)
+                if self.as_json:
+                    self._json("status", **self._counters())
+                elif not self.verbose:
+                    print(self._plain(), file=sys.stderr)
+
+    async def _run_live(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        with Live(console=console, refresh_per_second=1 / _REDRAW_S, transient=True, auto_refresh=False) as live:
+            self._live = live
+            try:
+                while True:
+                    await anyio.sleep(_REDRAW_S)
+                    live.update(self._table(), refresh=True)
+            finally:
+                self._live = None
+
+    def _table(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        progress, elapsed = self.progress, time.perf_counter() - self._begin
+        done, total = progress.size_bytes, progress.size_total
+        table = Table.grid(padding=(0, 2))
+        speed = format_size(int((progress.read_bytes or done) / max(elapsed, 0.001))) + "/s"
+        table.add_row(
+            f"[bold]{self.name}[/] {progress.phase}",
+            f"{progress.files:,} files" + (f" of {progress.files_total:,}" if progress.files_total else ""),
+            format_size(done) + (f" of {format_size(total)}" if total else ""),
+            speed,
+            f"{elapsed:.0f}s" + _eta(done, total, elapsed),
+        )
+        if total:
+            table.add_row(ProgressBar(total=total, completed=done, width=20))
+        if progress.stored_bytes:
+            ratio = progress.added_bytes / max(progress.stored_bytes, 1)
+            table.add_row("", f"added {format_size(progress.added_bytes)}", f"stored {format_size(progress.stored_bytes)}", f"ratio {ratio:.2f}")
+        if progress.errors:
+            table.add_row("", f"[red]{progress.errors} errors[/]")
+        from rich.text import Text
+
+        for number, path in sorted(progress.current.items()):
+            table.add_row("", Text(f"{number}: {printable(path)}", overflow="ellipsis", no_wrap=True))
+        return table
+
+    def _plain(self) -> str:
+        progress = self.progress
+        text = f"{self.name}: {progress.phase}: {progress.files} files, {format_size(progress.size_bytes)}"
+        return text + (f", {progress.errors} errors" if progress.errors else "")
+
+    def _counters(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "phase": progress.phase,
+            "files": progress.files,
+            "files_total": progress.files_total,
+            "bytes": progress.size_bytes,
+            "bytes_total": progress.size_total,
+            "bytes_read": progress.read_bytes,
+            "bytes_added": progress.added_bytes,
+            "bytes_stored": progress.stored_bytes,
+            "errors": progress.errors,
+            "elapsed_s": round(time.perf_counter() - self._begin, 3),
+        }
+
+    def _item(self, item: Item) -> None:
+        if self.as_json:
+            self._json("item", status=item.status, size_bytes=item.size_bytes, **path_fields(item.path))
+        elif not self.quiet:
+            mark = "✓" if item.status == "verified" else "OK ✓"
+            self._out(f"{self.progress.subject}: {mark} {printable(item.path)}")
+
+    def _fault(self, fault: Fault) -> None:
+        if self.as_json:
+            self._json("error", reason=fault.reason, **path_fields(fault.path))
+        print(f"{self.name}: {printable(fault.path)}: {fault.reason}", file=sys.stderr)
+
+    def _json(self, message_type: str, **fields: Any) -> None:
+        _write(json.dumps({"message_type": message_type, **fields}, ensure_ascii=False))
+
+    def _out(self, text: str) -> None:
+        _write(text)
+
+
+def _write(text: str) -> None:
+    """One line on standard output, in UTF-8 whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _eta(done: int, total: int | None, elapsed_s: float) -> str:
+    if not total or not done:
+        return ""
+    return f", {max(0, total - done) / done * elapsed_s:.0f}s left"
+
+
+def terminal() -> bool:
+    """Whether a passphrase can be asked for."""
+    return sys.stdin.isatty() and os.isatty(2)

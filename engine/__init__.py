@@ -1,0 +1,19 @@
+"""The engine: what a repository is, and every operation on one. Start at `open_repository`.
+
+Names are loaded when they are first used, so that a pool worker, which needs none of them, starts in milliseconds.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coffret.engine.repository import Repository, create_repository, open_repository
+
+__all__ = ["Repository", "create_repository", "open_repository"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from coffret.engine import repository
+
+        return getattr(repository, name)
+    raise AttributeError(name)

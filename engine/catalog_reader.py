@@ -1,0 +1,287 @@
+"""Read a snapshot's catalog: find a path, list a directory, walk a subtree, follow a backup through its parent.
+
+Everything is checked as it is read (see `catalog_walk`): what these return can be trusted not to leave the tree it
+belongs to, nor to go on for ever. The loader sees the ref of every page, node, list and attribute that is read, so it
+can also tell which chunks a catalog itself consists of.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from bisect import bisect_left
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from coffret.engine.catalog import directory_key, key_of, split_path
+from coffret.engine.catalog_walk import MAX_PAYLOAD_BYTES, LoadedPage, PageWalk, payload_length
+from coffret.engine.errors import Damaged
+from coffret.engine.records import REF_BYTES, Extra, decode_xattrs, refs_length
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+    from coffret.engine.catalog import Key
+    from coffret.engine.records import Entry, PageRef, Section
+
+    Load = Callable[[Sequence[bytes]], Awaitable[list[bytes]]]
+    BlockingLoad = Callable[[Sequence[bytes]], list[bytes]]
+
+_LISTS_AHEAD = 16
+_EXTENT = struct.Struct("<QQ")
+_NO_EXTRA = Extra()
+_name = attrgetter("name")
+
+
+class Attributes(NamedTuple):
+    """What an entry may keep in chunks of its own: xattrs by name, and data extents as packed (offset, length)."""
+
+    xattrs: list[tuple[bytes, bytes]]
+    extents: bytes
+
+
+class Catalog:
+    """The catalog of one snapshot. `load` turns packed refs into verified payloads, several at a time.
+
+    Paths have no leading slash; the root's is b"". Memory is bounded by some dozens of pages. Every method raises
+    Damaged if what it reads is not well-formed.
+    """
+
+    def __init__(self, root: bytes, depth: int, load: Load) -> None:
+        self._root, self._depth, self._load = root, depth, load
+
+    async def pages(
+        self, start: Key | None = None, stop: Key | None = None, *, reverse: bool = False
+    ) -> AsyncIterator[tuple[PageRef, list[Section]]]:
+        """Iterate over the pages that hold keys (`catalog.key_of`) in [start, stop), as they are stored."""
+        walk = PageWalk(self._root, self._depth, start or (b"", b""), stop, reverse=reverse)
+        while True:
+            while refs := walk.wanted():
+                walk.feed(await self._load(refs))
+            page = walk.take()
+            if page is None:
+                return
+            yield page.ref, page.sections
+
+    async def find(self, path: bytes) -> Entry | None:
+        """The entry of a path, in as many requests as the catalog is deep."""
+        directory, name = split_path(path)
+        key = directory_key(directory)
+        async for section in self._sections((key, name), (key, name + b"\0")):
+            at = bisect_left(section.entries, name, key=_name)
+            if at < len(section.entries) and section.entries[at].name == name:
+                return section.entries[at]
+        return None
+
+    async def listing(self, path: bytes) -> AsyncIterator[Entry]:
+        """Iterate over the entries of a directory by name; there are none if it is no directory, or absent."""
+        key = directory_key(path)
+        async for section in self._sections((key, b""), (key + b"\0", b"")):
+            for entry in section.entries:
+                if entry.name:
+                    yield entry
+
+    async def walk(self, path: bytes = b"", *, reverse: bool = False) -> AsyncIterator[tuple[bytes, list[Entry]]]:
+        """Iterate over (directory, entries): first a path's own entry alone, then what lies below, a page's worth each.
+
+        A directory's listing may come in several parts. Reversed, everything comes backwards, the entries of each
+        part too. Nothing comes if there is no such path.
+        """
+        own = await self.find(path)
+        if own is None:
+            if not path:
+                raise Damaged("a catalog has no entry for the root")
+            return
+        if not reverse:
+            yield split_path(path)[0], [own]
+        if stat.S_ISDIR(own.mode):
+            key = directory_key(path)
+            async for section in self._sections((key, b""), (key + b"\1", b"") if key else None, reverse=reverse):
+                entries = section.entries if section.entries[0].name else section.entries[1:]
+                if entries:
+                    yield section.directory, entries[::-1] if reverse else entries
+        if reverse:
+            yield split_path(path)[0], [own]
+
+    async def file_refs(self, entry: Entry) -> AsyncIterator[bytes]:
+        """Iterate over a regular file's chunk list, in pieces of packed refs.
+
+        :raises Damaged: also if the chunks are more, or (of a file without holes) fewer bytes than the file has
+        """
+        extra = entry.extra or _NO_EXTRA
+        total = 0
+        async for piece in self._lists(entry.content, extra.depth):
+            length = refs_length(piece)
+            total += length
+            # Of a list that repeats itself only the file's size says where it ends.
+            if total > entry.size or not length:
+                raise Damaged(f"the chunks of {entry.name!r} are not those of a file of its size")
+            yield piece
+        if total != entry.size and not (extra.extents or extra.extents_ref):
+            raise Damaged(f"the chunks of {entry.name!r} are fewer than a file of its size has")
+
+    async def resolve(self, entry: Entry) -> Attributes:
+        """An entry's xattrs and extents, wherever they are kept.
+
+        :raises Damaged: also if extents overlap or lie outside the file, or an xattr has an impossible name
+        """
+        extra = entry.extra
+        if extra is None:
+            return Attributes([], b"")
+        refs = [ref for ref in (extra.xattrs_ref, extra.extents_ref) if ref]
+        lengths = [payload_length(ref) for ref in refs]
+        payloads = await self._load(refs) if refs else []
+        if lengths != [len(payload) for payload in payloads]:
+            raise Damaged(f"attributes of {entry.name!r} have another length than their ref says")
+        found = iter(payloads)
+        xattrs = _decode_xattrs(next(found)) if extra.xattrs_ref else extra.xattrs
+        extents = next(found) if extra.extents_ref else extra.extents
+        if any(not name or b"\0" in name for name, _ in xattrs):
+            raise Damaged(f"{entry.name!r} has an xattr of an impossible name")
+        _check_extents(entry, extents)
+        return Attributes(xattrs, extents)
+
+    async def _sections(self, start: Key, stop: Key | None, *, reverse: bool = False) -> AsyncIterator[Section]:
+        """Sections of the directories in the range; the first and last may hold entries outside it."""
+        async for _, sections in self.pages(start, stop, reverse=reverse):
+            for section in reversed(sections) if reverse else sections:
+                key = directory_key(section.directory)
+                if start[0] <= key and (stop is None or (key, section.entries[0].name) < stop):
+                    yield section
+
+    async def _lists(self, refs: bytes, depth: int) -> AsyncIterator[bytes]:
+        if depth == 0:
+            if refs:
+                yield refs
+            return
+        step = _LISTS_AHEAD * REF_BYTES
+        for begin in range(0, len(refs), step):
+            batch = refs[begin : begin + step]
+            asked = [batch[at : at + REF_BYTES] for at in range(0, len(batch), REF_BYTES)]
+            lengths = [payload_length(ref) for ref in asked]
+            for length, payload in zip(lengths, await self._load(asked), strict=True):
+                if len(payload) != length or not payload or len(payload) % REF_BYTES:
+                    raise Damaged("a chunk list is not whole")
+                async for piece in self._lists(payload, depth - 1):
+                    yield piece
+
+
+def _decode_xattrs(payload: bytes) -> list[tuple[bytes, bytes]]:
+    try:
+        return decode_xattrs(payload)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"stored xattrs do not decode: {error}") from None
+
+
+def _check_extents(entry: Entry, extents: bytes) -> None:
+    if len(extents) % _EXTENT.size:
+        raise Damaged(f"the extents of {entry.name!r} are cut short")
+    end = 0
+    for offset, length in _EXTENT.iter_unpack(extents):
+        if offset < end or not length:
+            raise Damaged(f"the extents of {entry.name!r} overlap")
+        end = offset + length
+    if end > entry.size:
+        raise Damaged(f"the extents of {entry.name!r} reach beyond its end")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Neighbouring entries of one directory in a page of the parent's; the first is the page's `first`-th, from 0."""
+
+    page: LoadedPage
+    entries: list[Entry]
+    first: int
+
+
+class ParentCursor:
+    """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread.
+
+    Directories are sought in the catalog's order; pages between them are not read.
+    """
+
+    def __init__(self, root: bytes, depth: int, load: BlockingLoad) -> None:
+        self._walk = PageWalk(root, depth)
+        self._load = load
+        self._page: LoadedPage | None = None
+        # Of the current page: the next section, and where it begins.
+        self._section = self._first = 0
+        self._sought = b""
+
+    def seek(self, directory: bytes) -> Listing:
+        """The parent's entries of a directory, read as they are asked for; the directory before is left behind.
+
+        :raises ValueError: if the directory comes before the one sought last
+        """
+        key = directory_key(directory)
+        if key < self._sought:
+            raise ValueError(f"{directory!r} is sought after {self._sought!r}")
+        self._sought = key
+        return Listing(self._runs(key))
+
+    def _runs(self, key: bytes) -> Iterator[Run]:
+        while self._sought == key and (self._page is not None or self._turn(key)):
+            page = self._page
+            assert page is not None
+            if self._section == len(page.sections):
+                self._page = None
+                continue
+            section = page.sections[self._section]
+            found = directory_key(section.directory)
+            if found > key:
+                return
+            if found == key:
+                yield Run(page, section.entries, self._first)
+                if self._page is not page or self._sought != key:
+                    return
+            self._section += 1
+            self._first += len(section.entries)
+
+    def _turn(self, key: bytes) -> bool:
+        """Go to the next page that may hold entries of a directory; False if there is none."""
+        walk = self._walk
+        begin, end = (key, b""), (key + b"\0", b"")
+        following = walk.next_key()
+        if following is None or following >= end:
+            return False
+        walk.skip_to(begin)
+        while refs := walk.wanted():
+            walk.feed(self._load(refs))
+            walk.skip_to(begin)
+        self._page, self._section, self._first = walk.take(), 0, 0
+        return self._page is not None
+
+
+class Listing:
+    """One directory's entries in the parent: iterate over its runs, or ask for names, in their order."""
+
+    __slots__ = ("_at", "_entries", "_run", "_runs")
+
+    def __init__(self, runs: Iterator[Run]) -> None:
+        self._runs = runs
+        self._run: Run | None = None
+        self._entries: list[Entry] = []
+        self._at = 0
+
+    def __iter__(self) -> Iterator[Run]:
+        return self._runs
+
+    def get(self, name: bytes) -> tuple[Entry, LoadedPage, int] | None:
+        """(entry, its page, its position there) of a name, or None; names are asked for in ascending order."""
+        while True:
+            entries = self._entries
+            for at in range(self._at, len(entries)):
+                entry = entries[at]
+                if entry.name >= name:
+                    self._at = at
+                    run = self._run
+                    assert run is not None
+                    return (entry, run.page, run.first + at) if entry.name == name else None
+            run = next(self._runs, None)
+            if run is None:
+                self._at = len(entries)
+                return None
+            self._run, self._entries, self._at = run, run.entries, 0

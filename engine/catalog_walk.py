@@ -1,0 +1,252 @@
+"""Open and check the catalog's pages and nodes, and walk them in order, without any I/O of its own.
+
+What is decoded here may have been written by an enemy who holds the keys. Whatever it says, names can't leave their
+directory, a walk ends, and memory stays bounded; anything else is `Damaged`. (That a directory's entry is a directory
+and no link is for restore to see to: it opens each with O_NOFOLLOW.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from dataclasses import dataclass
+from operator import lt
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import msgspec
+
+from coffret.engine.catalog import MAX_DEPTH, describe, directory_key, key_of
+from coffret.engine.errors import Damaged
+from coffret.engine.records import REF_BYTES, Entry, PageRef, Section, refs_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coffret.engine.catalog import Key
+
+_Record = TypeVar("_Record")
+
+# Pages asked for at once, first and after each skip, then doubled up to the most: the loader makes few requests of
+# them. Nodes, each of which stands for dozens of pages, are asked for in smaller numbers.
+_AHEAD_FIRST, _AHEAD_MOST, _AHEAD_NODES, _AHEAD_BYTES = 4, 32, 8, 4 << 20
+# Far above what a page or a node weighs; a hostile one decodes to at most ten times as much.
+MAX_PAYLOAD_BYTES = 16 << 20
+_Bounded = msgspec.Meta(max_length=1 << 16)
+_decode_sections = msgspec.msgpack.Decoder(Annotated[list[Section], _Bounded]).decode
+_decode_refs = msgspec.msgpack.Decoder(Annotated[list[PageRef], _Bounded]).decode
+_FORBIDDEN = frozenset((b"", b".", b".."))
+_NOT_ROOT = frozenset((b".", b".."))
+# Stands for the sums of the root, which no node tells.
+_UNKNOWN = -1
+_START: Key = (b"", b"")
+
+
+@dataclass(slots=True, eq=False)
+class LoadedPage:
+    """A page as read: `entries` is how many it has in all its sections."""
+
+    ref: PageRef
+    sections: list[Section]
+    entries: int
+
+
+class PageWalk:
+    """The pages that hold keys from `start` up to, not including, `stop`, in order or backwards.
+
+    The caller does the reading: while `wanted` returns refs, it feeds their payloads; then `take` has the next page,
+    or None at the end. The first and last page may hold keys outside the range.
+
+    :raises Damaged: in all methods, if the catalog is not well-formed
+    """
+
+    def __init__(
+        self, root: bytes, depth: int, start: Key = _START, stop: Key | None = None, *, reverse: bool = False
+    ) -> None:
+        if not 0 <= depth <= MAX_DEPTH:
+            raise Damaged(f"a catalog of {depth} levels")
+        payload_length(root)
+        self._start, self._stop, self._reverse = start, stop, reverse
+        # What is still to come, nearest first: loaded pages, then refs of pages, of nodes, of nodes above them …
+        self._queues: list[deque[tuple[Key, PageRef, bytes]]] = [deque() for _ in range(depth + 2)]
+        self._queues[-1].append((_START, PageRef(b"", b"", root, _UNKNOWN, 0, 0), b""))
+        self._asked = (0, 0)
+        self._ahead = _AHEAD_FIRST
+        self._edge: Key | None = None
+
+    def wanted(self) -> list[bytes]:
+        """Packed refs of what is to be fed next; none when a page can be taken or the end is reached."""
+        if self._queues[0]:
+            return []
+        for height, queue in enumerate(self._queues):
+            if queue:
+                refs, size_bytes = [], 0
+                limit = self._ahead if height == 1 else max(1, self._ahead // _AHEAD_NODES)
+                for _, page, _ in queue:
+                    size_bytes += refs_length(page.ref)
+                    if refs and (len(refs) == limit or size_bytes > _AHEAD_BYTES):
+                        break
+                    refs.append(page.ref)
+                self._asked = (height, len(refs))
+                self._ahead = min(self._ahead * 2, _AHEAD_MOST)
+                return refs
+        return []
+
+    def feed(self, payloads: Sequence[bytes]) -> None:
+        """Take the payloads of the refs that `wanted` returned last."""
+        height, count = self._asked
+        queue, below = self._queues[height], self._queues[height - 1]
+        asked = [queue.popleft() for _ in range(count)]
+        for (key, ref, _), payload in zip(asked, payloads, strict=True):
+            if height == 1:
+                below.append((key, ref, payload))
+            else:
+                below.extend(self._children(ref, payload))
+
+    def take(self) -> LoadedPage | None:
+        """The next page; None at the end, or while something is wanted."""
+        if not self._queues[0]:
+            return None
+        _, ref, payload = self._queues[0].popleft()
+        page = open_page(ref, payload)
+        last = page.sections[-1]
+        first_key, last_key = key_of(page.ref.directory, page.ref.name), key_of(last.directory, last.entries[-1].name)
+        near, far = (last_key, first_key) if self._reverse else (first_key, last_key)
+        if self._edge is not None and not (near < self._edge if self._reverse else near > self._edge):
+            raise Damaged("catalog pages are out of order")
+        self._edge = far
+        return page
+
+    def next_key(self) -> Key | None:
+        """A key that nothing still to come lies before (when walking forward), None at the end."""
+        for queue in self._queues:
+            if queue:
+                return queue[0][0]
+        return None
+
+    def skip_to(self, key: Key) -> None:
+        """Leave out, when walking forward, pages that lie wholly before `key`, without reading them."""
+        self._start = max(self._start, key)
+        for height in range(len(self._queues) - 1, -1, -1):
+            queue = self._queues[height]
+            while len(queue) > 1 and queue[1][0] <= key:
+                queue.popleft()
+                self._ahead = _AHEAD_FIRST
+            if queue and queue[0][0] <= key:
+                for nearer in self._queues[:height]:
+                    if nearer:
+                        nearer.clear()
+                        self._ahead = _AHEAD_FIRST
+                return
+
+    def _children(self, ref: PageRef, payload: bytes) -> list[tuple[Key, PageRef, bytes]]:
+        keys, refs = open_node(ref, payload)
+        first = max(bisect_right(keys, self._start) - 1, 0)
+        end = len(keys) if self._stop is None else bisect_left(keys, self._stop)
+        found = [(keys[at], refs[at], b"") for at in range(first, end)]
+        return found[::-1] if self._reverse else found
+
+
+def payload_length(ref: bytes) -> int:
+    """Length in bytes of what packed refs name.
+
+    :raises Damaged: if they are none, or more than any page, node or list is
+    """
+    if not ref or len(ref) % REF_BYTES:
+        raise Damaged("a catalog ref is cut short")
+    length = refs_length(ref)
+    if length > MAX_PAYLOAD_BYTES:
+        raise Damaged("a part of a catalog claims an absurd length")
+    return length
+
+
+def open_page(ref: PageRef, payload: bytes) -> LoadedPage:
+    """Decode a page and check it against its ref.
+
+    :raises Damaged: if it is not well-formed, or not the page meant
+    """
+    sections = _decode(_decode_sections, ref, payload)
+    previous: bytes | None = None
+    count = 0
+    for section in sections:
+        key = directory_key(section.directory)
+        if previous is not None and key <= previous:
+            raise Damaged("directories in a catalog page are out of order")
+        previous = key
+        if key and (b"\0" in section.directory or not _FORBIDDEN.isdisjoint(key.split(b"\0"))):
+            raise Damaged(f"a catalog holds an impossible path: {section.directory!r}")
+        _check_entries(section)
+        count += len(section.entries)
+    if not sections:
+        raise Damaged("a catalog page is empty")
+    if ref.entries == _UNKNOWN:
+        ref = describe(sections, ref.ref)
+    first = sections[0]
+    if (first.directory, first.entries[0].name, count) != (ref.directory, ref.name, ref.entries):
+        raise Damaged("a catalog page is not the one its index means")
+    return LoadedPage(ref, sections, count)
+
+
+def open_node(ref: PageRef, payload: bytes) -> tuple[list[Key], list[PageRef]]:
+    """Decode a node of the page index and check it against its own ref; return its children, and their keys.
+
+    :raises Damaged: if it is not well-formed, or not the node meant
+    """
+    children = _decode(_decode_refs, ref, payload)
+    keys = [key_of(child.directory, child.name) for child in children]
+    if not keys or not all(map(lt, keys, keys[1:])):
+        raise Damaged("a node of a catalog is empty or out of order")
+    for child in children:
+        payload_length(child.ref)
+        if child.entries < 1 or child.files < 0 or child.size_bytes < 0:
+            raise Damaged("a node of a catalog counts less than nothing")
+    if ref.entries != _UNKNOWN:
+        sums = (sum(c.entries for c in children), sum(c.files for c in children), sum(c.size_bytes for c in children))
+        if keys[0] != key_of(ref.directory, ref.name) or sums != (ref.entries, ref.files, ref.size_bytes):
+            raise Damaged("a node of a catalog is not the one its index means")
+    return keys, children
+
+
+def _decode(decoder: Callable[[bytes], list[_Record]], ref: PageRef, payload: bytes) -> list[_Record]:
+    if len(payload) != payload_length(ref.ref):
+        raise Damaged("a part of a catalog has another length than its ref says")
+    try:
+        return decoder(payload)
+    # Beside its own errors, msgspec lets pass those of bad UTF-8 and of nesting in fields that are skipped.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Damaged(f"a part of a catalog does not decode: {error}") from None
+
+
+def _check_entries(section: Section) -> None:
+    """Names in order and possible, numbers in range, refs whole; written for speed, since this sees every entry."""
+    entries = section.entries
+    names = [entry.name for entry in entries]
+    if not names or not all(map(lt, names, names[1:])):
+        raise Damaged("names in a catalog page are missing or out of order")
+    joined = b"/".join(names)
+    # Only the root directory's own entry is without a name, in the root's listing.
+    forbidden = _FORBIDDEN if section.directory else _NOT_ROOT
+    if joined.count(b"/") != len(names) - 1 or b"\0" in joined or not forbidden.isdisjoint(names):
+        raise Damaged(f"a catalog holds an impossible name in {section.directory!r}")
+    for entry in entries:
+        if (
+            (entry.mode | entry.uid | entry.gid) >> 32
+            or entry.size >> 63
+            or (entry.inode | entry.device) >> 64
+            or len(entry.content) % REF_BYTES
+            or (entry.extra is not None and not _possible_extra(entry))
+        ):
+            raise Damaged(f"a catalog holds an impossible entry: {entry.name!r} in {section.directory!r}")
+
+
+def _possible_extra(entry: Entry) -> bool:
+    extra = entry.extra
+    return extra is None or not (
+        b"\0" in extra.target
+        or (extra.rdev | extra.nlink) >> 64
+        or not 0 <= extra.depth <= MAX_DEPTH
+        or (extra.depth and not entry.content)
+        or len(extra.extents) % 16
+        or len(extra.extents_ref) % REF_BYTES
+        or len(extra.xattrs_ref) % REF_BYTES
+        or (extra.extents and extra.extents_ref)
+    )

@@ -1,0 +1,352 @@
+"""A worker of the chunk pool: opens, reads, cuts and hashes files into slabs of shared memory.
+
+`python -m coffret.engine.chunkworker SOCKET MEMORY NUMBER SLABS SLAB_BYTES`, started by `chunkpool`. It imports
+next to nothing, so that it is there in 30 ms and small. Messages on the socket are frames of marshal: both ends are
+the same interpreter. The first frame, of keys and parameters, never stands on a command line.
+
+    to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)   ("free", slab)
+    from the worker   ("batch", job, slab, results)   ("piece", job, slab, offset, refs)   ("file", job, result)
+
+A result is an error text, or (stat, read_ns, offset, refs, extents, xattrs, note): `stat` as `STAT_FIELDS`, `offset`
+of the file's bytes in the slab, `refs` packed, `extents` packed if sparse, `note` a fault that did not stop it.
+Nothing waits for a slab while it holds one: the tail of a large file is kept in private memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import stat
+import struct
+import sys
+from time import time_ns
+from typing import Any
+
+from blake3 import blake3
+
+from coffret.engine.chunker import Chunker
+from coffret.engine.frames import put_frame, take_frames
+
+STAT_FIELDS = ("mode", "uid", "gid", "size", "mtime_ns", "ctime_ns", "inode", "device", "nlink")
+PATH_MAX = 4096
+_PACK_REF = struct.Struct("<32sI").pack
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_PROBES = 16
+# The extents of a file that is one hole: an extent of no length, since no extents at all mean a file without holes.
+NO_DATA = bytes(16)
+
+Result = tuple[tuple[int, ...], int, int, bytes, bytes, list[tuple[bytes, bytes]], str]
+
+
+def open_path(path: bytes, flags: int, *, mode: int = 0) -> int:
+    """`os.open` for paths of any length: those beyond PATH_MAX are walked by directory descriptors.
+
+    :raises OSError: as os.open
+    """
+    if len(path) < PATH_MAX:
+        return os.open(path, flags, mode)
+    folder = os.open(b"/" if path[:1] == b"/" else b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        rest = path.strip(b"/")
+        while len(rest) >= PATH_MAX:
+            at = rest.rindex(b"/", 0, PATH_MAX - 1)
+            head, rest = rest[:at], rest[at + 1 :]
+            deeper = os.open(head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+            os.close(folder)
+            folder = deeper
+        return os.open(rest, flags, mode, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def open_source(path: bytes) -> int:
+    """Open a file to be read, without touching its access time where that is allowed (to its owner and root)."""
+    try:
+        return open_path(path, _OPEN | os.O_NOATIME)
+    except PermissionError:
+        return open_path(path, _OPEN)
+
+
+def read_xattrs(target: int | bytes, *, follow: bool = True) -> list[tuple[bytes, bytes]]:
+    """All extended attributes, ACLs and capabilities included, sorted by name; empty where there are none at all."""
+    try:
+        names = os.listxattr(target, follow_symlinks=follow)
+    except OSError:
+        return []
+    found = []
+    for name in sorted(names):
+        try:
+            found.append((os.fsencode(name), os.getxattr(target, name, follow_symlinks=follow)))
+        except OSError:  # removed meanwhile, or not readable by this user
+            continue
+    return found
+
+
+def data_extents(fd: int, size: int) -> list[tuple[int, int]]:
+    """(offset, length) of what is not a hole, by SEEK_DATA and SEEK_HOLE."""
+    found, at = [], 0
+    while at < size:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            break
+        at = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        if begin < at:
+            found.append((begin, at - begin))
+    return found
+
+
+class Worker:
+    """The state of one worker process: its socket, its slabs, and the frames read and not dealt with yet."""
+
+    def __init__(self, socket: int, memory: int, number: int, slabs: int, slab_bytes: int) -> None:
+        self._socket, self._slab_bytes = socket, slab_bytes
+        self._view = memoryview(mmap.mmap(memory, slabs * slab_bytes))
+        self._free: list[int] = []
+        self._jobs: list[tuple[Any, ...]] = []
+        self._input = bytearray()
+
+    def run(self) -> None:
+        """Serve until the socket ends."""
+        while True:
+            while not self._jobs:
+                self._receive()
+            message = self._jobs.pop(0)
+            if message[0] == "keys":
+                _, self._id_key, chunker, chunker_key, slabs = message
+                self._free = list(slabs)
+                self._chunker = Chunker(*chunker, chunker_key)
+                self._whole_bytes = chunker[1]
+            elif message[0] == "batch":
+                self._batch(message[1], message[2])
+            else:
+                self._file(message[1], message[2])
+
+    def _receive(self) -> None:
+        data = os.read(self._socket, 1 << 18)
+        if not data:
+            raise EOFError
+        self._input += data
+        for message in take_frames(self._input):
+            if message[0] == "free":
+                self._free.append(message[1])
+            else:
+                self._jobs.append(message)
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        put_frame(self._socket, message)
+
+    def _slab(self) -> tuple[int, memoryview]:
+        while not self._free:
+            self._receive()
+        # The one used last: its memory is touched already, and a small run never touches the others.
+        number = self._free.pop()
+        at = number * self._slab_bytes
+        return number, self._view[at : at + self._slab_bytes]
+
+    def _batch(self, job: int, paths: list[bytes]) -> None:
+        """Read many files into one slab, back to back; one that no longer fits is for the parent to ask for anew."""
+        number, view = self._slab()
+        results: list[str | Result | None] = []
+        at = 0
+        for path in paths:
+            try:
+                result, at = self._small(path, view, at)
+                results.append(result)
+            except OSError as error:
+                results.append(error.strerror or str(error))
+        self._send(("batch", job, number, results))
+
+    def _small(self, path: bytes, view: memoryview, at: int) -> tuple[str | Result | None, int]:
+        fd = open_source(path)
+        try:
+            read_ns = time_ns()
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                return "is no regular file any more", at
+            size = before.st_size
+            if at + size + 1 > len(view):
+                return None, at
+            extents, found = b"", [(0, size)]
+            if before.st_blocks * 512 < size and (found := data_extents(fd, size)) != [(0, size)]:
+                extents = pack_extents(found) or NO_DATA
+                got = self._read_extents(fd, found, view[at:])
+            elif size:
+                # One byte more than expected tells a file that has grown.
+                got = read_cached(fd, view[at : at + size + 1])
+            else:
+                got = 0
+            expected = sum(length for _, length in found)
+            note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
+            got = min(got, expected)
+            if extents and got < expected:
+                extents = pack_extents(clip(found, got))
+            data = view[at : at + got]
+            result = (fields(before, size if extents else got), read_ns, at, self._refs(data), extents, read_xattrs(fd), note)
+            return result, at + got
+        finally:
+            os.close(fd)
+
+    def _refs(self, data: memoryview) -> bytes:
+        if len(data) <= self._whole_bytes:
+            return _PACK_REF(blake3(data, key=self._id_key).digest(), len(data)) if data else b""
+        refs, at = [], 0
+        for length in self._chunker.cut(data, final=True):
+            refs.append(_PACK_REF(blake3(data[at : at + length], key=self._id_key).digest(), length))
+            at += length
+        return b"".join(refs)
+
+    def _read_extents(self, fd: int, extents: list[tuple[int, int]], view: memoryview) -> int:
+        got = 0
+        for offset, length in extents:
+            got += read_fully(fd, view[got : got + length], offset)
+        return got
+
+    def _file(self, job: int, path: bytes) -> None:
+        try:
+            fd = open_source(path)
+        except OSError as error:
+            self._send(("file", job, error.strerror or str(error)))
+            return
+        try:
+            read_ns = time_ns()
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                self._send(("file", job, "is no regular file any more"))
+                return
+            size = before.st_size
+            segments, extents = [(0, size)], b""
+            if before.st_blocks * 512 < size and (found := data_extents(fd, size)) != segments:
+                segments, extents = found, pack_extents(found) or NO_DATA
+            got = self._stream(job, fd, segments, size)
+            expected = sum(length for _, length in segments)
+            note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
+            stored = fields(before, size if extents else got)
+            if got < expected and extents:
+                # What is missing at the end was cut off: keep only the extents that were read.
+                extents = pack_extents(clip(segments, got))
+            self._send(("file", job, (stored, read_ns, 0, b"", extents, read_xattrs(fd), note)))
+        except OSError as error:
+            self._send(("file", job, error.strerror or str(error)))
+        finally:
+            os.close(fd)
+
+    def _stream(self, job: int, fd: int, segments: list[tuple[int, int]], size: int) -> int:
+        """Read segments as one stream, slab by slab, and send its chunks; return the bytes read."""
+        evict = not mostly_cached(fd, size)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        pending = list(reversed(segments))
+        carry, total, final = b"", 0, not pending
+        while not final:
+            number, view = self._slab()
+            end = len(carry)
+            view[:end] = carry
+            while end < len(view) and pending:
+                offset, length = pending.pop()
+                want = min(length, len(view) - end)
+                got = read_fully(fd, view[end : end + want], offset)
+                if evict:
+                    os.posix_fadvise(fd, offset, got, os.POSIX_FADV_DONTNEED)
+                end, total = end + got, total + got
+                if got < want:
+                    pending.clear()
+                elif want < length:
+                    pending.append((offset + want, length - want))
+            final = not pending
+            at, refs = 0, []
+            for length in self._chunker.cut(view[:end], final=final):
+                refs.append(_PACK_REF(blake3(view[at : at + length], key=self._id_key).digest(), length))
+                at += length
+            carry = bytes(view[at:end])
+            self._send(("piece", job, number, 0, b"".join(refs)))
+        return total
+
+
+def fields(status: os.stat_result, size: int) -> tuple[int, ...]:
+    """The parts of a stat that an entry records, in the order of STAT_FIELDS, with the size that was read."""
+    return (
+        status.st_mode,
+        status.st_uid,
+        status.st_gid,
+        size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
+        status.st_nlink,
+    )
+
+
+def changed(before: os.stat_result, after: os.stat_result) -> str:
+    """What to report when a file was written to while it was read; empty if it was not."""
+    if before.st_mtime_ns == after.st_mtime_ns and before.st_size == after.st_size:
+        return ""
+    return "changed while it was read"
+
+
+def pack_extents(extents: list[tuple[int, int]]) -> bytes:
+    """Extents as they are stored: pairs of little-endian u64."""
+    return b"".join([struct.pack("<QQ", *extent) for extent in extents])
+
+
+def clip(segments: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The first `length` bytes of segments."""
+    kept = []
+    for offset, size in segments:
+        if length <= 0:
+            break
+        kept.append((offset, min(size, length)))
+        length -= size
+    return kept
+
+
+def read_fully(fd: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from `offset`, up to the end of the file; return the bytes read."""
+    got = 0
+    while got < len(view):
+        count = os.preadv(fd, [view[got:]], offset + got)
+        if count == 0:
+            break
+        got += count
+    return got
+
+
+def read_cached(fd: int, view: memoryview) -> int:
+    """Read a small file from its start; what had to come from the disk does not stay in the page cache.
+
+    A backup must not push a server's working set out of memory.
+    """
+    try:
+        got = os.preadv(fd, [view], 0, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system can't tell
+        got = 0
+    if got >= len(view) - 1:
+        return got
+    got += read_fully(fd, view[got:], got)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return got
+
+
+def mostly_cached(fd: int, size: int) -> bool:
+    """Whether most of a large file lies in the page cache, judged by a byte at each of 16 places."""
+    probe, found = bytearray(1), 0
+    for i in range(_PROBES):
+        try:
+            found += os.preadv(fd, [probe], size * i // _PROBES, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN: not cached
+            continue
+    return found > _PROBES // 2
+
+
+def main() -> None:
+    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Worker(*map(int, sys.argv[1:6])).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Make catalog entries from what a file system says."""
+
+from __future__ import annotations
+
+import grp
+import pwd
+import stat
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from coffret.engine import settings
+from coffret.engine.records import Entry, Extra, encode
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+# Stores a payload as chunks and returns their packed refs.
+Store = Callable[[bytes], bytes] if TYPE_CHECKING else None
+
+
+@lru_cache(maxsize=4096)
+def user_name(uid: int) -> str:
+    """Name of a user, or "" where there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return ""
+
+
+@lru_cache(maxsize=4096)
+def group_name(gid: int) -> str:
+    """Name of a group, or "" where there is none."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except (KeyError, OverflowError):
+        return ""
+
+
+def make_extra(
+    store: Store,
+    *,
+    target: bytes = b"",
+    rdev: int = 0,
+    nlink: int = 1,
+    depth: int = 0,
+    xattrs: list[tuple[bytes, bytes]] | None = None,
+    extents: bytes = b"",
+) -> Extra | None:
+    """What an entry has beyond the usual, or None; what is too large for the page goes through `store`."""
+    if not (target or rdev or depth or xattrs or extents) and nlink <= 1:
+        return None
+    extra = Extra(target, rdev, nlink, depth)
+    if xattrs:
+        if sum(len(name) + len(value) for name, value in xattrs) <= settings.INLINE_XATTR_BYTES:
+            extra.xattrs = xattrs
+        else:
+            extra.xattrs_ref = store(encode(xattrs))
+    if len(extents) <= settings.INLINE_EXTENTS * 16:
+        extra.extents = extents
+    else:
+        extra.extents_ref = store(extents)
+    return extra
+
+
+
+def make_entry(
+    name: bytes, fields: tuple[int, ...], read_ns: int, *, content: bytes = b"", extra: Extra | None = None
+) -> Entry:
+    """An entry from `chunkworker.STAT_FIELDS`."""
+    mode, uid, gid, size, mtime_ns, ctime_ns, inode, device, _ = fields
+    return Entry(
+        name,
+        mode,
+        uid,
+        gid,
+        user_name(uid),
+        group_name(gid),
+        size,
+        mtime_ns,
+        ctime_ns,
+        inode,
+        device,
+        max(mtime_ns, ctime_ns) > read_ns - settings.RACY_NS,
+        content,
+        extra,
+    )
+
+
+def entry_size(status: os.stat_result) -> int:
+    """The size an entry records: of regular files only; what a directory or link takes is its file system's affair."""
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

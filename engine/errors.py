@@ -1,0 +1,138 @@
+"""What can go wrong, by what the user can do about it. Each class has its exit code and a remedy.
+
+    CoffretError                1
+    ├── UsageError              2   the command line or the environment asks for something that makes no sense
+    ├── NoRepository           10   nothing there, or something else
+    ├── WrongPassphrase        12
+    ├── RepositoryChanged       1   not the repository that was here before
+    ├── UnsupportedVersion      1   made by a newer Coffret
+    ├── Damaged                 1   stored bytes are not what was written (4 from `check`)
+    │   └── ChunkMissing        1   no usable copy of a chunk
+    ├── StorageError            1   a connector failed
+    │   └── OutOfSpace         13
+    ├── LeaseLost              11   another process ended this attempt
+    ├── SourceError             1   the source can't be read at all
+    ├── TargetError             1   the restore target can't be used
+    └── WorkerDied              1   a process of the pool ended unexpectedly
+"""
+
+
+from coffret.connectors import errors as connector_errors
+
+
+class CoffretError(Exception):
+    """Base of all errors that are reported in one line: what happened, and what to do next."""
+
+    exit_code = 1
+    remedy = ""
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        if remedy is not None:
+            self.remedy = remedy
+
+
+class UsageError(CoffretError):
+    """The call makes no sense as given."""
+
+    exit_code = 2
+    remedy = "see `coffret --help`"
+
+
+class NoRepository(CoffretError):
+    """No repository at the location."""
+
+    exit_code = 10
+    remedy = "check the location, or make one with `coffret at REPO create`"
+
+
+class WrongPassphrase(CoffretError):
+    """No key slot opens with this passphrase, or one is needed and none was given."""
+
+    exit_code = 12
+    remedy = "set COFFRET_PASSPHRASE, COFFRET_PASSPHRASE_FILE or COFFRET_PASSPHRASE_COMMAND, or run on a terminal"
+
+
+class RepositoryChanged(CoffretError):
+    """The location holds another repository, or another configuration, than when it was last used."""
+
+    remedy = "if that is intended, accept it with --expect-id ID; otherwise do not trust this storage"
+
+
+class UnsupportedVersion(CoffretError):
+    """The repository's format is newer than this program."""
+
+    remedy = "use a newer version of coffret"
+
+
+class Damaged(CoffretError):
+    """Stored bytes are not what was written."""
+
+    remedy = "run `coffret at REPO check` to see what else is damaged"
+
+
+class ChunkMissing(Damaged):
+    """A chunk that is needed has no usable copy."""
+
+
+class StorageError(CoffretError):
+    """The storage failed."""
+
+
+class OutOfSpace(StorageError):
+    """No space left where something was to be written."""
+
+    exit_code = 13
+    remedy = "free some space and run the command again; what was stored is kept"
+
+
+class LeaseLost(CoffretError):
+    """Maintenance or another process ended this attempt, repeatedly."""
+
+    exit_code = 11
+    remedy = "run the command again"
+
+
+class SourceError(CoffretError):
+    """The source can't be read at all."""
+
+
+class TargetError(CoffretError):
+    """The restore target can't be used."""
+
+
+class WorkerDied(CoffretError):
+    """A process of the pool ended unexpectedly."""
+
+    remedy = "run the command again; if it was killed for lack of memory, use fewer --workers"
+
+
+def reported(error: BaseException) -> CoffretError | None:
+    """The error to report for what an operation raised: out of groups, and in the engine's terms; None if unknown.
+
+    Of several, one that is not the mere consequence of another is preferred: a full disk before a dead worker.
+    """
+    found = [known for known in map(_translated, _leaves(error)) if known is not None]
+    return min(found, key=lambda known: isinstance(known, WorkerDied), default=None)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
+
+
+def _translated(error: BaseException) -> CoffretError | None:
+    if isinstance(error, CoffretError):
+        return error
+    if isinstance(error, connector_errors.StorageFull):
+        return OutOfSpace(str(error))
+    if isinstance(error, connector_errors.InvalidLocation | connector_errors.InvalidName):
+        return UsageError(str(error))
+    if isinstance(error, connector_errors.NotStorage):
+        return NoRepository(str(error))
+    if isinstance(error, connector_errors.PermissionRefused):
+        return StorageError(str(error), remedy="check the permissions of the storage")
+    if isinstance(error, connector_errors.ConnectorError):
+        return StorageError(str(error), remedy="check the storage and run the command again")
+    return None

@@ -1,0 +1,222 @@
+"""Fetch: read chunks back, by coalesced ranges of packs, opened in threads, every chunk id verified."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+from blake3 import blake3
+
+from coffret.connectors.errors import InvalidRange, NotFound
+from coffret.engine.errors import ChunkMissing, Damaged
+from coffret.engine.packfile import open_block, pack_name
+from coffret.engine.records import ID_BYTES, REF_BYTES
+from coffret.engine.sealing import PACK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coffret.connectors.base import Connector
+    from coffret.engine.mirror import Location, Mirror
+    from coffret.engine.sealing import BlockCipher, Sealer
+
+# One range is at most this long (bytes): it is held twice, sealed and open.
+MAX_RANGE_BYTES = 8 << 20
+_CIPHERS = 1024
+
+BlockKey = tuple[bytes, int]
+
+
+@dataclass(slots=True)
+class Range:
+    """Neighbouring blocks of one pack, fetched as one: `blocks` by offset."""
+
+    pack: bytes
+    begin: int
+    end: int
+    blocks: list[Location]
+
+
+def coalesce(blocks: Sequence[Location], gap_bytes: int) -> list[Range]:
+    """Group blocks (one location each) into ranges: those nearer than `gap_bytes` are fetched together."""
+    ranges: list[Range] = []
+    for block in sorted(blocks, key=lambda location: (location.pack, location.offset)):
+        end = block.offset + block.stored_bytes
+        last = ranges[-1] if ranges else None
+        if (
+            last is not None
+            and last.pack == block.pack
+            and block.offset - last.end <= gap_bytes
+            and end - last.begin <= MAX_RANGE_BYTES
+        ):
+            last.blocks.append(block)
+            last.end = max(last.end, end)
+        else:
+            ranges.append(Range(block.pack, block.offset, end, [block]))
+    return ranges
+
+
+class Fetcher:
+    """Reads chunks of one repository. `cache_bytes` of opened blocks are kept, since neighbours are wanted together."""
+
+    def __init__(
+        self, connector: Connector, sealer: Sealer, mirror: Mirror, *, id_key: bytes, cache_bytes: int = 8 << 20
+    ) -> None:
+        self.connector, self.mirror, self.id_key = connector, mirror, id_key
+        self._sealer = sealer
+        self._cache: OrderedDict[BlockKey, bytes | memoryview] = OrderedDict()
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._ciphers: OrderedDict[bytes, BlockCipher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._gets = anyio.CapacityLimiter(connector.capabilities.parallel_gets)
+
+    def cipher(self, header: bytes) -> BlockCipher:
+        """The cipher of a pack, by its clear header; may be called in threads."""
+        with self._lock:
+            cipher = self._ciphers.get(header)
+            if cipher is None:
+                cipher = self._ciphers[header] = self._sealer.cipher(header, PACK)
+                if len(self._ciphers) > _CIPHERS:
+                    self._ciphers.popitem(last=False)
+            return cipher
+
+    async def load(self, refs: Sequence[bytes]) -> list[bytes]:
+        """The contents that packed refs name, each a concatenation of its chunks.
+
+        :raises ChunkMissing: if a chunk has no usable copy
+        """
+        ids = [ref[at : at + ID_BYTES] for ref in refs for at in range(0, len(ref), REF_BYTES)]
+        chunks = await self.chunks(ids)
+        joined, number = [], 0
+        for ref in refs:
+            count = len(ref) // REF_BYTES
+            joined.append(b"".join(chunks[number : number + count]))
+            number += count
+        return joined
+
+    async def chunks(self, ids: Sequence[bytes]) -> list[bytes]:
+        """The contents of chunks, verified.
+
+        :raises ChunkMissing: if one has no usable copy
+        """
+        locations = await self.mirror.locate(ids)
+        blocks: dict[BlockKey, Location] = {}
+        for chunk_id, location in zip(ids, locations, strict=True):
+            if location is None:
+                raise ChunkMissing(f"chunk {chunk_id.hex()[:16]} is in no pack")
+            blocks.setdefault((location.pack, location.offset), location)
+        opened = await self._blocks(blocks)
+        return await to_thread.run_sync(self._cut, ids, locations, opened)
+
+    def _cut(
+        self, ids: Sequence[bytes], locations: Sequence[Location], opened: dict[BlockKey, bytes | memoryview]
+    ) -> list[bytes]:
+        found = []
+        for chunk_id, location in zip(ids, locations, strict=True):
+            block = opened[location.pack, location.offset]
+            data = bytes(block[location.inner : location.inner + location.length])
+            if blake3(data, key=self.id_key).digest() != chunk_id:
+                raise ChunkMissing(f"chunk {chunk_id.hex()[:16]} does not have its id")
+            found.append(data)
+        return found
+
+    async def _blocks(self, wanted: dict[BlockKey, Location]) -> dict[BlockKey, bytes | memoryview]:
+        opened: dict[BlockKey, bytes | memoryview] = {}
+        missing = []
+        for key, location in wanted.items():
+            if (block := self._cache.get(key)) is not None:
+                self._cache.move_to_end(key)
+                opened[key] = block
+            else:
+                missing.append(location)
+
+        async def fetch(part: Range) -> None:
+            data = await self.read(part)
+            for location, block in await to_thread.run_sync(self._open, part, data):
+                opened[location.pack, location.offset] = block
+
+        ranges = coalesce(missing, self.connector.capabilities.coalesce_gap_bytes)
+        if len(ranges) == 1:
+            await fetch(ranges[0])
+        elif ranges:
+            async with anyio.create_task_group() as group:
+                for part in ranges:
+                    group.start_soon(fetch, part)
+        for location in missing:
+            self._keep((location.pack, location.offset), opened[location.pack, location.offset])
+        return opened
+
+    async def read(self, part: Range) -> bytes:
+        """The stored bytes of a range.
+
+        :raises ChunkMissing: if the pack is gone or cut short
+        """
+        async with self._gets:
+            try:
+                return await self.connector.get(pack_name(part.pack), offset=part.begin, length=part.end - part.begin)
+            except (NotFound, InvalidRange) as error:
+                raise ChunkMissing(f"pack {part.pack.hex()[:16]}: {error}") from None
+
+    async def read_into(self, part: Range, view: memoryview) -> None:
+        """Fetch a range into memory; one that is not there is filled with zeros, which open as nothing."""
+        async with self._gets:
+            try:
+                await self.connector.get_into(pack_name(part.pack), part.begin, view)
+            except (NotFound, InvalidRange):
+                view[:] = bytes(len(view))
+
+    def _open(self, part: Range, data: bytes) -> list[tuple[Location, bytes | memoryview]]:
+        return [(block, self.open_one(block, data, part.begin)) for block in part.blocks]
+
+    def open_one(self, block: Location, data: bytes | memoryview, begin: int) -> bytes | memoryview:
+        """Decrypt and decompress one block out of a range that begins at `begin`; for threads.
+
+        :raises ChunkMissing: if it is damaged
+        """
+        at = block.offset - begin
+        stored = memoryview(data)[at : at + block.stored_bytes]
+        try:
+            return open_block(self.cipher(block.header), stored, block.offset, block.raw_bytes, block.codec)
+        except Damaged as error:
+            raise ChunkMissing(f"pack {block.pack.hex()[:16]} at {block.offset}: {error}") from None
+
+    def _keep(self, key: BlockKey, block: bytes | memoryview) -> None:
+        if key in self._cache:
+            return
+        self._cache[key] = block
+        self._cached_bytes += len(block)
+        while self._cached_bytes > self._cache_bytes:
+            _, old = self._cache.popitem(last=False)
+            self._cached_bytes -= len(old)
+
+
+async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryview) -> list[tuple[object, ...]]:
+    """Fetch the stored bytes of blocks into a slab; return each as `openworker` takes it, in the order given.
+
+    Ranges that can't be fetched are left as they are: the worker finds that they do not open.
+    """
+    places: dict[BlockKey, int] = {}
+    ranges: list[tuple[Range, int]] = []
+    at = 0
+    for part in coalesce(blocks, 0):
+        ranges.append((part, at))
+        for block in part.blocks:
+            places[block.pack, block.offset] = at + block.offset - part.begin
+        at += part.end - part.begin
+
+    async def fetch(part: Range, begin: int) -> None:
+        await fetcher.read_into(part, view[begin : begin + part.end - part.begin])
+
+    if len(ranges) == 1:
+        await fetch(*ranges[0])
+    else:
+        async with anyio.create_task_group() as group:
+            for part, begin in ranges:
+                group.start_soon(fetch, part, begin)
+    return [
+        (b.header, places[b.pack, b.offset], b.stored_bytes, b.offset, b.raw_bytes, b.codec) for b in blocks
+    ]

@@ -1,0 +1,150 @@
+"""`keys/` of a repository: the slots that may be tried, and the log of those removed.
+
+    keys/<id>             a key slot (`engine.keys`), named by the hash of its bytes
+    keys/removed-<n>      the n-th removal: every slot removed until then. Put if absent, and never deleted
+
+A slot is *live* while it is there and the last removal does not name it: one that is logged and not deleted yet opens
+nothing. How this makes removals safe from each other is told in `engine.ops.passphrases`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+from blake3 import blake3
+
+from coffret.connectors.errors import AlreadyExists, NotFound
+from coffret.engine.configuration import utc_now
+from coffret.engine.errors import Damaged
+from coffret.engine.keys import MAX_SLOT_BYTES, MAX_SLOTS
+from coffret.engine.records import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from coffret.connectors.base import Connector, ObjectInfo
+
+_FOLDER = "keys/"
+_SLOT = re.compile(r"keys/([0-9a-f]{64})")
+_REMOVAL = re.compile(r"keys/removed-([1-9][0-9]{0,5})")
+# One removal a day for 270 years; each adds 67 bytes to those after it.
+_MAX_REMOVALS, _MAX_REMOVAL_BYTES = 99_999, 8 << 20
+# Slots that vanish while they are read are listed again; a storage that never comes to rest is not obeyed.
+_TRIES = 20
+
+
+class Removal(msgspec.Struct, frozen=True):
+    """`keys/removed-<n>`, one line of JSON: all slots removed until then. The nonce makes each put's bytes its own."""
+
+    version: int
+    created: str
+    nonce: bytes
+    removed: list[str]
+    checksum: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """What `keys/` holds: the bytes of `live` slots by id; slots ever `removed`; those of them that are still there.
+
+    `last` is the number of the last removal. If that can't be read, `removed` is what an earlier one says, and
+    `log_damaged` is set: reading goes on, since a damaged log must not lock everybody out; removing does not.
+    """
+
+    live: dict[str, bytes]
+    removed: frozenset[str]
+    undeleted: frozenset[str]
+    last: int
+    log_damaged: bool
+
+
+async def read_keyring(connector: Connector) -> Keyring:
+    """The key slots as they are now; `live` is what `keys.unlock` may try.
+
+    :raises Damaged: if there are more slots than any repository has
+    """
+    for _ in range(_TRIES):
+        found = [info async for info in connector.list(_FOLDER)]
+        slots = {match[1]: info for info in found if (match := _SLOT.fullmatch(info.name))}
+        removals = {int(match[1]): info for info in found if (match := _REMOVAL.fullmatch(info.name))}
+        last = max(removals, default=0)
+        removed, intact = await _last_removal(connector, removals)
+        if len(slots.keys() - removed) > MAX_SLOTS:
+            raise Damaged(f"the repository has more than {MAX_SLOTS} key slots")
+        live = await _fetch(connector, {slot: info for slot, info in slots.items() if slot not in removed})
+        if len(live) == len(slots.keys() - removed):
+            return Keyring(live, removed, removed & slots.keys(), last, not intact or last > _MAX_REMOVALS)
+    raise Damaged("the repository's key slots change without end")
+
+
+async def put_slot(connector: Connector, slot: str, data: bytes) -> None:
+    """Store a slot; if its name is taken, then by the same bytes, since they name it, or by damaged ones."""
+    try:
+        await connector.put(slot_name(slot), [data], if_absent=True)
+    except AlreadyExists:
+        if await connector.get(slot_name(slot)) != data:
+            await connector.put(slot_name(slot), [data])
+
+
+async def log_removal(connector: Connector, keyring: Keyring, slot: str) -> bool:
+    """Log that `slot` is removed, if nothing was removed since `keyring` was read; tell whether it is logged."""
+    removed = sorted({*keyring.removed, slot})
+    removal = Removal(FORMAT_VERSION, utc_now(), os.urandom(16), removed)
+    body = msgspec.json.encode(msgspec.structs.replace(removal, checksum=_checksum(removal))) + b"\n"
+    try:
+        await connector.put(f"{_FOLDER}removed-{keyring.last + 1}", [body], if_absent=True)
+    except AlreadyExists:
+        return False
+    return True
+
+
+def slot_name(slot: str) -> str:
+    """The object name of a slot."""
+    return f"{_FOLDER}{slot}"
+
+
+async def _fetch(connector: Connector, slots: dict[str, ObjectInfo]) -> dict[str, bytes]:
+    """The bytes of those slots that are still there; of one that is too long, enough to see that."""
+    fetched: dict[str, bytes] = {}
+
+    async def fetch(slot: str, info: ObjectInfo) -> None:
+        try:
+            fetched[slot] = await connector.get(info.name, length=min(info.size_bytes, MAX_SLOT_BYTES + 1))
+        except NotFound:
+            return
+
+    async with anyio.create_task_group() as group:
+        for slot, info in slots.items():
+            group.start_soon(fetch, slot, info)
+    return fetched
+
+
+async def _last_removal(connector: Connector, removals: dict[int, ObjectInfo]) -> tuple[frozenset[str], bool]:
+    """What was removed until now, by the last removal that is intact, and whether that is the last of all."""
+    intact = True
+    for number in sorted(removals, reverse=True):
+        info = removals[number]
+        try:
+            data = await connector.get(info.name, length=min(info.size_bytes, _MAX_REMOVAL_BYTES))
+        except NotFound:
+            data = b""
+        if (removed := _parse_removal(data)) is not None:
+            return removed, intact
+        intact = False
+    return frozenset(), intact
+
+
+def _checksum(removal: Removal) -> bytes:
+    return blake3(msgspec.json.encode(msgspec.structs.replace(removal, checksum=b""))).digest()
+
+
+def _parse_removal(data: bytes) -> frozenset[str] | None:
+    """The slots a removal names, or None if it is not what was put there."""
+    try:
+        removal = msgspec.json.decode(data, type=Removal, strict=True)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return frozenset(removal.removed) if removal.checksum == _checksum(removal) else None

@@ -1,0 +1,49 @@
+"""Which chunks the repository has: the mirror's, and those this attempt has taken on and not yet indexed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coffret.engine.records import ID_BYTES, REF_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from coffret.engine.mirror import Location, Mirror
+
+
+class KnownChunks:
+    """Decides for each chunk whether it is to be stored; the first to ask for a chunk is to store it.
+
+    `marked`: packs to be swept: a chunk that lies only there is absent. Chunks located only by attempts that have not
+    ended are relied on, and collected in `adopted`: the attempt's own index names their locations again.
+    """
+
+    def __init__(self, mirror: Mirror, *, marked: frozenset[bytes]) -> None:
+        self._mirror, self._marked = mirror, marked
+        self._claimed: set[bytes] = set()
+        self.adopted: dict[bytes, Location] = {}
+
+    async def claim(self, refs: bytes) -> list[bool]:
+        """For each chunk of packed refs: whether the caller has to store it."""
+        ids = [refs[at : at + ID_BYTES] for at in range(0, len(refs), REF_BYTES)]
+        claimed, fresh = self._claimed, []
+        for chunk_id in ids:
+            fresh.append(chunk_id not in claimed)
+            claimed.add(chunk_id)
+        if not self._mirror.objects or True not in fresh:
+            return fresh
+        asked = [position for position, new in enumerate(fresh) if new]
+        sifted = await self._mirror.sift([ids[position] for position in asked], marked=self._marked)
+        for number, location in sifted.adopt:
+            self.adopted[ids[asked[number]]] = location
+        absent = {asked[number] for number in sifted.absent}
+        for position in asked:
+            if position not in absent:
+                fresh[position] = False
+                claimed.discard(ids[position])
+        return fresh
+
+    def indexed(self, ids: Iterable[bytes]) -> None:
+        """These are in the mirror now: they need not be remembered."""
+        self._claimed.difference_update(ids)

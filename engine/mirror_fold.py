@@ -1,0 +1,204 @@
+"""How runs come to be: from index objects, and folded together from smaller runs."""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+from coffret.engine.errors import Damaged
+from coffret.engine.mirror_run import HEADER, HEADER_ROWS, MAGIC, PACK, ROW, BadRun, RunInfo, Span
+from coffret.engine.records import ID_BYTES, UNNAMED, iter_refs
+from coffret.engine.sealing import HEADER_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from coffret.engine.mirror_run import Run
+    from coffret.engine.mirror_store import Manifest
+    from coffret.engine.records import IndexObject, PackTable
+
+# Rows gathered in memory before they are sorted and written as a run: 6 MB, and 60 ms in which nobody else has the
+# interpreter.
+FRESH_ROWS = 1 << 16
+# Rows of a bucket, on average, are between half of this and this. Searching 4 or 16 took the same time within the
+# noise (interpreter and cache misses cost more than the scan), and the table is made with one bisection a bucket.
+_BUCKET_ROWS = 16
+# Folding goes piece by piece: at least so many buckets has every run, and so many rows, about, has a piece.
+_MIN_BITS = 12
+_PIECE_ROWS = 16_384
+_WRITE_BYTES = 1 << 20
+
+_split_rows = struct.Struct(f"{ROW.size}s").iter_unpack
+
+
+class RunWriter:
+    """Writes one run: rows in order, piece by piece, then packs and table. Nobody sees it before the manifest does."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder = folder
+        self._token = os.urandom(16)
+        self._path = folder / f"{self._token.hex()}.run"
+        self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+        self._bits = min(32, max(_MIN_BITS, (rows // _BUCKET_ROWS).bit_length()))
+        self._table = array("I")
+        self._done = HEADER_ROWS
+        self._write(bytes(HEADER.size))
+
+    def add(self, rows: list[bytes], piece: int = 0, bits: int = 0) -> None:
+        """Append sorted rows: all those whose ids begin with the `bits` bits of `piece`."""
+        step, shift, at = self._bits - bits, 32 - self._bits, 0
+        for bucket in range(piece << step, (piece + 1) << step):
+            at = bisect_left(rows, (bucket << shift).to_bytes(4, "big"), at)
+            self._table.append(self._done + at)
+        self._done += len(rows)
+        self._write(b"".join(rows))
+
+    def finish(self, packs: Iterable[bytes], spans: list[Span]) -> RunInfo:
+        """Write what follows the rows. It is not durable yet: what is folded at once need never be."""
+        held = bytearray()
+        for records in packs:
+            held += records
+            if len(held) > _WRITE_BYTES:
+                self._write(held)
+                held = bytearray()
+        self._table.append(self._done)
+        self._write(held)
+        self._write(self._table.tobytes())
+        rows = self._done - HEADER_ROWS
+        size_bytes = self._file.tell()
+        self._file.seek(0)
+        sections = sum(span.sections for span in spans)
+        self._write(HEADER.pack(MAGIC, self._token, rows, sections, self._bits))
+        self._file.close()
+        return RunInfo(self._token, rows, size_bytes, spans)
+
+    def discard(self) -> None:
+        """Remove the file, finished or not."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self, data: bytes | bytearray) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+class FreshRuns:
+    """Turns index objects into runs of bounded size, in order of their sections."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._rows: list[bytes] = []
+        self._packs: list[bytes] = []
+        self._spans: list[Span] = []
+
+    def add(self, name: str, index: IndexObject) -> Iterator[RunInfo]:
+        """Enter an index object into the manifest; iterate over the runs that became full."""
+        first = self._manifest.next_section
+        start, rows_before = first, len(self._rows)
+        try:
+            for section, table in enumerate(index.packs, first):
+                self._rows += _rows_of(table, section)
+                self._packs.append(_pack_record(table))
+                if len(self._rows) >= FRESH_ROWS or section == first + len(index.packs) - 1:
+                    self._spans.append(Span(start, section + 1 - start, len(self._rows) - rows_before))
+                    if len(self._rows) >= FRESH_ROWS:
+                        yield from self.flush()
+                    start, rows_before = section + 1, len(self._rows)
+        except struct.error as error:
+            raise Damaged(f"{name} holds impossible numbers: {error}") from None
+        # An index object without packs has a number too: it tells one merging from the next.
+        sections = max(1, len(index.packs))
+        self._manifest.objects[name] = (first, sections)
+        self._manifest.next_section += sections
+
+    def flush(self) -> list[RunInfo]:
+        """Write what was gathered as a run, if there is anything."""
+        if not self._spans:
+            return []
+        writer = RunWriter(self._folder, len(self._rows))
+        try:
+            self._rows.sort()
+            writer.add(self._rows)
+            info = writer.finish(self._packs, self._spans)
+        except BaseException:
+            writer.discard()
+            raise
+        self._rows, self._packs, self._spans = [], [], []
+        return [info]
+
+
+def _rows_of(table: PackTable, section: int) -> list[bytes]:
+    rows, pack = [], ROW.pack
+    for block in table.blocks:
+        offset, stored, raw, codec, inner = block.offset, block.stored_bytes, block.raw_bytes, block.codec, 0
+        for chunk_id, length in iter_refs(block.refs):
+            if chunk_id != UNNAMED:
+                rows.append(pack(chunk_id, section, offset, stored, raw, inner, length, codec))
+            inner += length
+    return rows
+
+
+def _pack_record(table: PackTable) -> bytes:
+    if len(table.pack) != ID_BYTES or len(table.header) != HEADER_BYTES:
+        raise struct.error("an id of another length")
+    return PACK.pack(table.pack, table.header, table.size_bytes)
+
+
+def fold(folder: Path, runs: Sequence[Run], live: Callable[[Span], bool]) -> Generator[None, None, RunInfo]:
+    """Merge runs into a new one without the spans that are not live; it yields after each piece of work."""
+    kept = sorted(
+        ((span, run, n) for run in runs for n, span in enumerate(run.info.spans) if live(span)),
+        key=lambda item: item[0].first,
+    )
+    total = sum(span.rows for span, _, _ in kept)
+    bits = min(_MIN_BITS, (total // _PIECE_ROWS).bit_length())
+    sources = [_Source(folder, run, live) for run in runs]
+    writer = RunWriter(folder, total)
+    try:
+        for piece in range(1 << bits):
+            rows: list[bytes] = []
+            for source in sources:
+                rows += source.rows(piece, bits)
+            rows.sort()  # sorted parts already: this merges them
+            writer.add(rows, piece, bits)
+            yield
+        spans = [span for span, _, _ in kept]
+        return writer.finish((run.packs(n) for _, run, n in kept), spans)
+    except BaseException:
+        writer.discard()
+        raise
+    finally:
+        for source in sources:
+            source.close()
+
+
+class _Source:
+    """Reads a run in sequence for folding: not through the map, whose pages would each cost a fault."""
+
+    def __init__(self, folder: Path, run: Run, live: Callable[[Span], bool]) -> None:
+        self._run = run
+        self._fd = os.open(folder / run.info.file_name, os.O_RDONLY)
+        self._firsts = [span.first for span in run.info.spans]
+        self._live = [live(span) for span in run.info.spans]
+        self._all_live = all(self._live)
+
+    def rows(self, piece: int, bits: int) -> list[bytes]:
+        """The live rows of a piece, sorted."""
+        start, end = self._run.rows_between(piece, bits)
+        data = os.pread(self._fd, end - start, start)
+        if len(data) != end - start:
+            raise BadRun(f"{self._run.info.file_name} became shorter")
+        rows = [row for (row,) in _split_rows(data)]
+        if self._all_live:
+            return rows
+        firsts, live = self._firsts, self._live
+        return [row for row in rows if live[bisect_right(firsts, int.from_bytes(row[32:36], "big")) - 1]]
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,279 @@
+"""The mirror's folder: a manifest, the runs it names, and a lock for those who change them.
+
+    manifest      magic, checksum, MessagePack: the index objects merged, and the runs; replaced by rename
+    <token>.run   immutable (mirror_run.py); durable before a manifest names it
+    lock          flock'ed while the manifest is changed
+
+Readers take no lock: a manifest is read whole, and a run that is mapped stays readable when it is unlinked. A process
+killed at any moment leaves the manifest of before or after, and perhaps files that the next change removes. Whatever
+is missing, cut short, foreign or unreadable is forgotten with the index objects it came from: they are merged again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from bisect import bisect_left, bisect_right
+from contextlib import contextmanager, suppress
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import msgspec
+import xxhash
+
+from coffret.engine.errors import CoffretError, OutOfSpace
+from coffret.engine.mirror_fold import FreshRuns, fold
+from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from coffret.engine.records import IndexObject
+
+_MAGIC = b"coffret mirror 0"
+_DIGEST_BYTES = 16
+_MANIFEST, _LOCK = "manifest", "lock"
+_LOCK_POLL_S = 0.02
+# Which runs are folded: those smaller than FOLD_ROWS together, always (13 ms of work), and one that has less than
+# FOLD_FACTOR times the rows of all smaller ones. At 50 M chunks that leaves three runs on average to look into, and a
+# row is written about ten times in all.
+_FOLD_ROWS, _FOLD_FACTOR = 1 << 16, 4
+# A run is rewritten when more than this share of its rows is of index objects that are gone.
+_GARBAGE_SHARE = 0.25
+
+
+class Manifest(msgspec.Struct):
+    """What the mirror holds. `objects`: name of an index object → its first section and how many it has.
+
+    Sections are numbered by `next_section` and numbers are not used again, within an `epoch`: the life of a mirror
+    from one beginning anew to the next.
+    """
+
+    repository_id: str
+    epoch: bytes = b""
+    next_section: int = 0
+    objects: dict[str, tuple[int, int]] = {}
+    runs: list[RunInfo] = []
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Manifest).decode
+
+
+class Store:
+    """One mirror's folder. Not for several threads at once."""
+
+    def __init__(self, folder: Path, repository_id: str) -> None:
+        """Take a folder, which is made if it is missing.
+
+        :raises OSError: if it can't be made or written to
+        """
+        self.folder = folder
+        self._repository_id = repository_id
+        self._runs: dict[bytes, Run] = {}
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "not writable", str(folder))
+
+    def load(self) -> tuple[Manifest, list[Run]]:
+        """Read the manifest and map its runs, largest first; what is not sound is left out of both.
+
+        :raises OSError: if the folder can't be read
+        """
+        while True:
+            data = self._read()
+            manifest = self._parse(data)
+            bad = []
+            for info in manifest.runs:
+                if info.token not in self._runs:
+                    try:
+                        self._runs[info.token] = Run(self.folder, info)
+                    except BadRun:
+                        bad.append(info)
+            # A run may have been folded away since the manifest was read: then there is another manifest.
+            if not bad or self._read() == data:
+                break
+        for info in bad:
+            _forget_run(manifest, info)
+        named = {info.token for info in manifest.runs}
+        self._runs = {token: run for token, run in self._runs.items() if token in named}
+        return manifest, sorted(self._runs.values(), key=lambda run: -run.info.rows)
+
+    def change(
+        self, items: Sequence[tuple[str, IndexObject]], gone: Mapping[str, int]
+    ) -> Generator[None, None, tuple[Manifest, list[Run]]]:
+        """Merge index objects that are not there yet; forget those of `gone` that still have the given first section.
+
+        All of it, or nothing, is seen by others and by whoever comes after a crash. Yields after each piece of work;
+        closing the generator gives up and leaves no trace.
+
+        :raises Damaged: if an index object holds impossible numbers
+        :raises OutOfSpace: if the folder's file system is full
+        """
+        written: list[RunInfo] = []
+        with reported(self.folder):
+            lock = yield from self._lock()
+            try:
+                manifest, runs = self.load()
+                changed = _forget_objects(manifest, gone)
+                fresh = FreshRuns(self.folder, manifest)
+                for name, index in items:
+                    if name not in manifest.objects:
+                        changed = True
+                        for info in fresh.add(name, index):
+                            written.append(info)
+                            yield
+                written += fresh.flush()
+                if not changed:
+                    return manifest, runs
+                live = _liveness(manifest)
+                runs += [Run(self.folder, info) for info in written]
+                runs = [run for run in runs if any(map(live, run.info.spans))]
+                if chosen := _choose(runs, live):
+                    folded = yield from fold(self.folder, chosen, live)
+                    written.append(folded)
+                    runs = [run for run in runs if run not in chosen] + [Run(self.folder, folded)]
+                manifest.runs = [run.info for run in runs]
+                self._publish(manifest, {info.token for info in written})
+                written.clear()
+                return self.load()
+            finally:
+                for info in written:
+                    (self.folder / info.file_name).unlink(missing_ok=True)
+                os.close(lock)
+
+    def wipe(self) -> Generator[None, None, None]:
+        """Forget everything: a new epoch begins."""
+        with reported(self.folder):
+            lock = yield from self._lock()
+            try:
+                self._publish(self._parse(b""), set())
+            finally:
+                os.close(lock)
+
+    def _read(self) -> bytes:
+        try:
+            return (self.folder / _MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _parse(self, data: bytes) -> Manifest:
+        """The manifest that was stored, or an empty one if it is not sound, not ours, or of another version."""
+        body = memoryview(data)[len(_MAGIC) + _DIGEST_BYTES :]
+        if data[: len(_MAGIC) + _DIGEST_BYTES] == _MAGIC + xxhash.xxh3_128_digest(body):
+            with suppress(msgspec.MsgspecError):
+                manifest = _decode(body)
+                if manifest.repository_id == self._repository_id:
+                    return manifest
+        return Manifest(self._repository_id, epoch=os.urandom(8))
+
+    def _publish(self, manifest: Manifest, new: set[bytes]) -> None:
+        """Make the new runs durable, then the manifest; then remove files that nobody names."""
+        for info in manifest.runs:
+            if info.token in new:
+                _sync(self.folder / info.file_name)
+        body = _encode(manifest)
+        draft = self.folder / f"{_MANIFEST}.new"
+        with open(draft, "wb", opener=_private) as file:
+            file.write(_MAGIC + xxhash.xxh3_128_digest(body) + body)
+            file.flush()
+            os.fdatasync(file.fileno())
+        draft.rename(self.folder / _MANIFEST)
+        kept = {info.file_name for info in manifest.runs}
+        for path in self.folder.glob("*.run"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _lock(self) -> Generator[None, None, int]:
+        """Wait for the lock, without blocking longer than a poll; the descriptor returned holds it."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed under us
+        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return lock
+                except BlockingIOError:
+                    time.sleep(_LOCK_POLL_S)
+                    yield
+        except BaseException:
+            os.close(lock)
+            raise
+
+
+def _liveness(manifest: Manifest) -> Callable[[Span], bool]:
+    """Whether a span belongs to an index object that the manifest names."""
+    ranges = sorted(manifest.objects.values())
+    firsts = [first for first, _ in ranges]
+
+    def live(span: Span) -> bool:
+        at = bisect_right(firsts, span.first) - 1
+        return at >= 0 and span.first < ranges[at][0] + ranges[at][1]
+
+    return live
+
+
+def _choose(runs: list[Run], live: Callable[[Span], bool]) -> list[Run]:
+    """The runs to be folded into one now, none or several (or one that is largely garbage)."""
+    sized = sorted(((sum(s.rows for s in run.info.spans if live(s)), run) for run in runs), key=itemgetter(0))
+    count = smaller = 0
+    for n, (rows, _) in enumerate(sized):
+        if n and (rows < _FOLD_ROWS or rows < _FOLD_FACTOR * smaller):
+            count = n + 1
+        smaller += rows
+    wasteful = [run for rows, run in sized[count:] if rows < (1 - _GARBAGE_SHARE) * run.info.rows]
+    return [run for _, run in sized[:count]] + wasteful
+
+
+def _forget_objects(manifest: Manifest, gone: Mapping[str, int]) -> bool:
+    """Take index objects out if they are the same that the caller saw; tell whether any was."""
+    same = [name for name, first in gone.items() if manifest.objects.get(name, (-1, 0))[0] == first]
+    for name in same:
+        del manifest.objects[name]
+    return bool(same)
+
+
+def _forget_run(manifest: Manifest, bad: RunInfo) -> None:
+    """Take a run that can't be read out of the manifest, with every index object it has a part of."""
+    manifest.runs.remove(bad)
+    firsts = [span.first for span in bad.spans]
+    for name, (first, sections) in list(manifest.objects.items()):
+        at = bisect_left(firsts, first)
+        if at < len(firsts) and firsts[at] < first + sections:
+            del manifest.objects[name]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """Say what a failure of the cache's file system means to the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(
+                f"no space left for the index cache in {folder}",
+                remedy="free some space there, or name another folder with --cache-dir",
+            ) from error
+        raise CoffretError(
+            f"the index cache in {folder} can't be used: {error.strerror}",
+            remedy="name another folder with --cache-dir, or use --no-cache",
+        ) from error
+    except BadRun as error:
+        raise CoffretError(
+            f"the index cache in {folder} changed under us: {error}", remedy="run the command again"
+        ) from error

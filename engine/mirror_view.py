@@ -1,0 +1,113 @@
+"""What one process goes by when it looks into the mirror: certain index objects, sure or pending."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from coffret.engine.mirror_run import Run, Sought
+
+DEAD, PENDING, SURE = 0, 1, 2
+
+
+class Location(msgspec.Struct, frozen=True, gc=False):
+    """Where a chunk lies: the pack, its size and clear header; the block in the pack; the chunk in the raw block."""
+
+    pack: bytes
+    pack_bytes: int
+    header: bytes
+    offset: int
+    stored_bytes: int
+    raw_bytes: int
+    codec: int
+    inner: int
+    length: int
+
+
+class Sifted(msgspec.Struct, frozen=True):
+    """What a writer has to do about the chunks it asked for, by their positions; nothing about the others.
+
+    `absent`: no usable location, store them. `adopt`: located only through attempts that have not ended; to rely on
+    them is to name the location in an index object of one's own.
+    """
+
+    absent: list[int]
+    adopt: list[tuple[int, Location]]
+
+
+class View:
+    """The index objects one process goes by, and the runs to look into: never changed, only replaced."""
+
+    def __init__(self, objects: Mapping[str, tuple[int, int]], pending: Collection[str], runs: Sequence[Run]) -> None:
+        self.objects = objects
+        ranges = sorted((*span, PENDING if name in pending else SURE) for name, span in objects.items())
+        self._firsts = [first for first, _, _ in ranges]
+        self._ends = [first + sections for first, sections, _ in ranges]
+        self._states = [state for _, _, state in ranges]
+        self.runs = runs
+        # A hit in a run all of whose index objects are sure needs no second look.
+        self.sure_runs = [run for run in runs if all(self.state(span.first) == SURE for span in run.info.spans)]
+        self.other_runs = [run for run in runs if run not in self.sure_runs]
+
+    def state(self, section: int) -> int:
+        """Whether to go by a section: dead, pending or sure."""
+        at = bisect_right(self._firsts, section) - 1
+        return self._states[at] if at >= 0 and section < self._ends[at] else DEAD
+
+    def locations(self, chunk_id: bytes, runs: Sequence[Run]) -> Iterator[tuple[int, Location]]:
+        """Iterate over a chunk's live locations as (state, location)."""
+        for run in runs:
+            for _, section, offset, stored, raw, inner, length, codec in run.find(chunk_id):
+                if state := self.state(section):
+                    pack, header, size_bytes = run.pack(section)
+                    yield state, Location(pack, size_bytes, header, offset, stored, raw, codec, inner, length)
+
+    def sift(self, ids: Sequence[bytes], marked: frozenset[bytes]) -> Sifted:
+        sought: list[Sought] = [(int.from_bytes(chunk[:4], "big"), chunk, n) for n, chunk in enumerate(ids)]
+        doubtful = self.runs if marked else self.other_runs
+        if not marked:
+            for run in self.sure_runs:
+                sought = run.without(sought)
+        nowhere = sought
+        for run in doubtful:
+            nowhere = run.without(nowhere)
+        absent, adopt = [n for _, _, n in nowhere], []
+        if len(nowhere) < len(sought):
+            missed = set(absent)
+            for _, chunk, n in sought:
+                if n in missed:
+                    continue
+                usable = [found for found in self.locations(chunk, doubtful) if found[1].pack not in marked]
+                if not usable:
+                    absent.append(n)
+                elif not any(state == SURE for state, _ in usable):
+                    adopt.append((n, usable[0][1]))
+            absent.sort()
+        return Sifted(absent, adopt)
+
+    def locate(self, ids: Sequence[bytes], avoid: frozenset[bytes]) -> list[Location | None]:
+        """The best location of each: not in a pack to avoid, and sure rather than pending, if there is a choice."""
+        best: list[Location | None] = []
+        for chunk in ids:
+            found, rank = None, -1
+            for state, location in self.locations(chunk, self.runs):
+                this = state + (0 if location.pack in avoid else 2)
+                if this > rank:
+                    found, rank = location, this
+                    if rank == SURE + 2:
+                        break
+            best.append(found)
+        return best
+
+    def packs(self) -> Iterator[list[tuple[bytes, int]]]:
+        """Lists of (pack id, size in bytes), one list an index object or a part of one."""
+        for run in self.runs:
+            for span in run.info.spans:
+                if self.state(span.first):
+                    sections = range(span.first, span.first + span.sections)
+                    yield [(pack, size_bytes) for pack, _, size_bytes in map(run.pack, sections)]

@@ -1,0 +1,93 @@
+"""The pool that opens blocks, for restore and check: the parent fetches stored bytes into slabs, workers do the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coffret.engine.workerpool import Turns, Worker, WorkerPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from coffret.engine.sealing import Secrets
+
+Faults = list[tuple[Any, str]]
+
+
+class OpenPool:
+    """Slabs to fill, and workers to send them to. Use as an async context; leaving it ends every worker.
+
+    `target` is the directory a restore writes to, b"" for a check; `owner`, `direct`, `sparse`, `replace` are what
+    `openworker` is told of it.
+    """
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        repository_id: bytes,
+        *,
+        workers: int,
+        slabs: int,
+        slab_bytes: int,
+        target: bytes = b"",
+        owner: bool = False,
+        sparse: bool = False,
+        replace: bool = False,
+    ) -> None:
+        self._pool = WorkerPool(
+            "coffret.engine.openworker", workers=workers, slabs=slabs, slab_bytes=slab_bytes, handle=self._handle
+        )
+        self._hello = ("keys", secrets.data_key, secrets.id_key, repository_id, target, owner, sparse, replace)
+        self.slab_bytes = slab_bytes
+        self._free = list(range(slabs))
+        self._turns = Turns()
+        self._number = 0
+
+    async def __aenter__(self) -> OpenPool:
+        await self._pool.__aenter__()
+        self._pool.start(self._hello)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._pool.__aexit__(kind, error, trace)
+
+    async def acquire(self) -> int:
+        """The number of a free slab, waiting for one."""
+        while not self._free:
+            await self._turns.room.wait()
+        return self._free.pop()
+
+    def view(self, slab: int) -> memoryview:
+        """The bytes of a slab."""
+        return self._pool.slab(slab)
+
+    def release(self, slab: int) -> None:
+        """A slab is not needed after all."""
+        self._free.append(slab)
+        self._turns.room.wake()
+
+    def submit(
+        self, kind: str, *arguments: Any, slab: int | None = None, done: Callable[[Faults], None], ordered: bool = False
+    ) -> None:
+        """Send a job to the worker with least to do (`ordered`: always to the same one); its slab comes back after it."""
+        self._number += 1
+        worker = self._pool.workers[0] if ordered else min(self._pool.workers, key=lambda worker: len(worker.jobs))
+        worker.jobs[self._number] = (slab, done)
+        self._turns.begin()
+        self._pool.send(worker, (kind, self._number, *(() if slab is None else (slab,)), *arguments))
+
+    async def drain(self, *, below: int = 1) -> None:
+        """Wait until fewer than `below` jobs are unfinished."""
+        await self._turns.drain(below=below)
+
+    async def _handle(self, worker: Worker, message: tuple[Any, ...]) -> None:
+        _, number, faults = message
+        slab, done = worker.jobs.pop(number)
+        if slab is not None:
+            self.release(slab)
+        done(faults)
+        self._turns.done()
+

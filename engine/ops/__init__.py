@@ -1,0 +1,1 @@
+"""Operations on a repository: each file is one thing a user asks for."""

@@ -1,0 +1,278 @@
+"""Back up: one attempt that ends in a snapshot."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import from_thread
+
+from coffret import __version__
+from coffret.connectors.base import Connector
+from coffret.engine import settings
+from coffret.engine.attempt import Attempt
+from coffret.engine.catalog import Cutter
+from coffret.engine.catalog_reader import ParentCursor
+from coffret.engine.errors import LeaseLost
+from coffret.engine.fetch import Fetcher
+from coffret.engine.index import IndexWriter
+from coffret.engine.known import KnownChunks
+from coffret.engine.pipeline import Limits, Pipeline
+from coffret.engine.records import Counts, SnapshotHeader, SourceFault
+from coffret.engine.scan import Roots, ScanOptions, Scanner
+from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot
+from coffret.engine.stream import StreamSource
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from coffret.connectors.base import Buffer, ObjectInfo
+    from coffret.engine.filters import Filters
+    from coffret.engine.progress import Progress
+    from coffret.engine.repository import Repository
+
+# A revoked writer tries again as a new attempt this many times; each was without a refresh for half an hour.
+_ATTEMPTS = 3
+# So many faults are listed in the snapshot; all are counted and reported.
+_MAX_FAULTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class BackupOptions:
+    """How to back up. `force`: read all files, whatever the parent says. `level`: zstd level, None for none."""
+
+    tags: Sequence[str] = ()
+    host: str = ""
+    force: bool = False
+    filters: Filters | None = None
+    one_file_system: bool = False
+    ignore_inode: bool = False
+    ignore_ctime: bool = False
+    level: int | None = settings.COMPRESSION_LEVELS["default"]
+    dry_run: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class BackupSummary:
+    """What a backup made: the snapshot, and how many faults its source had."""
+
+    snapshot: Snapshot
+    counts: Counts
+    duration_ns: int
+
+
+class Faults:
+    """Collects what could not be backed up; may be called in any thread."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.kept: list[SourceFault] = []
+        self.count = 0
+        self._progress = progress
+
+    def __call__(self, path: bytes, reason: str) -> None:
+        self.count += 1
+        if len(self.kept) < _MAX_FAULTS:
+            self.kept.append(SourceFault(path, reason))
+        self._progress.fault(path, reason)
+
+
+async def backup(
+    repository: Repository, source: Sequence[bytes] | StreamSource, options: BackupOptions, progress: Progress
+) -> BackupSummary:
+    """Make a snapshot of paths, or of a stream.
+
+    :raises SourceError: if none of the paths exists
+    :raises LeaseLost: if maintenance ended the attempt again and again
+    """
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return await _try(repository, source, options, progress)
+        except LeaseLost:
+            progress.note("another process ended this attempt; trying again")
+    return await _try(repository, source, options, progress)
+
+
+async def _try(
+    repository: Repository, source: Sequence[bytes] | StreamSource, options: BackupOptions, progress: Progress
+) -> BackupSummary:
+    work = _Backup(repository, source, options, progress)
+    async with anyio.create_task_group() as group:
+        try:
+            await work.attempt.begin(lease=not options.dry_run)
+            if not options.dry_run:
+                group.start_soon(work.attempt.keep)
+            await work.run()
+            return await work.commit()
+        finally:
+            group.cancel_scope.cancel()
+            await work.attempt.end()
+    raise AssertionError("a task group does not swallow what it did not cancel")
+
+
+class _Backup:
+    """One attempt: `attempt.begin`, `run`, `commit`, in this order."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        source: Sequence[bytes] | StreamSource,
+        options: BackupOptions,
+        progress: Progress,
+    ) -> None:
+        self._repository, self._source, self._options, self._progress = repository, source, options, progress
+        self._begin_ns, self._clock_ns = time.time_ns(), time.perf_counter_ns()
+        self._faults, self._counts = Faults(progress), Counts()
+        self._snapshot_id = os.urandom(16)
+        self._host = options.host or socket.gethostname()
+        self._parent: Snapshot | None = None
+        progress.subject = self._snapshot_id.hex()[:SHORT_ID_DIGITS]
+        if isinstance(source, StreamSource):
+            self._roots = None
+            self._paths = [b"/" + source.name]
+        else:
+            self._roots = Roots(source, self._faults)
+            self._paths = self._roots.paths
+        self.attempt = Attempt(repository.connector, repository.sealer, repository.mirror, what="backup")
+
+    async def run(self) -> None:
+        """Store everything, and make the index durable: what is left is the commit."""
+        repository, options = self._repository, self._options
+        connector: Connector = Discarding(repository.connector) if options.dry_run else repository.connector
+        if not options.force:
+            self._parent = find_parent(self.attempt.commits.snapshots, self._host, self._paths)
+        known = KnownChunks(repository.mirror, marked=self.attempt.marked)
+        index = IndexWriter(
+            connector,
+            repository.sealer,
+            self.attempt.id,
+            mirror=None if options.dry_run else repository.mirror,
+            known=known,
+        )
+        self._pipeline = Pipeline(
+            connector=connector,
+            sealer=repository.sealer,
+            secrets=repository.secrets,
+            config=repository.config,
+            attempt=self.attempt.id,
+            known=known,
+            index=index,
+            level=options.level,
+            limits=options.limits,
+            progress=self._progress,
+            counts=self._counts,
+            fault=self._faults,
+        )
+        self._progress.phase = "backup"
+        if isinstance(self._source, StreamSource):
+            await self._pipeline.run(self._source)
+        else:
+            await self._pipeline.run(self._scanner(self._pipeline))
+        await index.flush()
+
+    async def commit(self) -> BackupSummary:
+        """Put the snapshot."""
+        snapshot = Snapshot(self.attempt.id, self._header())
+        if not self._options.dry_run:
+            self._progress.phase = "commit"
+            await self.attempt.commit(snapshot)
+        return BackupSummary(snapshot, self._counts, time.perf_counter_ns() - self._clock_ns)
+
+    def _scanner(self, pipeline: Pipeline) -> Scanner:
+        repository, options = self._repository, self._options
+        assert self._roots is not None
+        return Scanner(
+            self._roots,
+            ScanOptions(
+                filters=options.filters,
+                skip=repository.own_places(),
+                one_file_system=options.one_file_system,
+                ignore_inode=options.ignore_inode,
+                ignore_ctime=options.ignore_ctime,
+                verbose=self._progress.on_item is not None,
+            ),
+            cutter=Cutter(repository.secrets.chunker_key),
+            parent=self._cursor(),
+            store=pipeline.meta.store,
+            fault=self._faults,
+        )
+
+    def _cursor(self) -> ParentCursor | None:
+        """The parent's catalog, for the scan's thread."""
+        if self._parent is None:
+            return None
+        repository, header = self._repository, self._parent.header
+        fetcher = Fetcher(
+            repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
+        )
+        return ParentCursor(header.catalog, header.depth, partial(from_thread.run, fetcher.load))
+
+    def _header(self) -> SnapshotHeader:
+        counts, progress = self._counts, self._progress
+        counts.errors, counts.read_bytes = self._faults.count, progress.read_bytes
+        counts.added_bytes, counts.stored_bytes = progress.added_bytes, progress.stored_bytes
+        root, depth = self._pipeline.root
+        return SnapshotHeader(
+            snapshot_id=self._snapshot_id,
+            time_ns=self._begin_ns,
+            duration_ns=time.perf_counter_ns() - self._clock_ns,
+            host=self._host,
+            user=_user(),
+            roots=self._paths,
+            catalog=root,
+            depth=depth,
+            counts=counts,
+            tags=list(self._options.tags),
+            faults=self._faults.kept,
+            parent=self._parent.header.snapshot_id if self._parent else b"",
+            program=f"coffret {__version__}",
+        )
+
+
+class Discarding(Connector):
+    """The storage of a dry run: nothing is written."""
+
+    def __init__(self, inner: Connector) -> None:
+        self._inner = inner
+        self.location, self.capabilities = inner.location, inner.capabilities
+
+    async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
+        """Write nothing."""
+
+    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """As the storage does."""
+        return await self._inner.get(name, offset=offset, length=length)
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """As the storage does."""
+        return self._inner.list(prefix)
+
+    async def stat(self, name: str) -> ObjectInfo:
+        """As the storage does."""
+        return await self._inner.stat(name)
+
+    async def delete(self, name: str) -> None:
+        """Delete nothing."""
+
+
+def find_parent(snapshots: Sequence[Snapshot], host: str, roots: Sequence[bytes]) -> Snapshot | None:
+    """The latest snapshot of the same host and roots."""
+    for snapshot in reversed(snapshots):
+        if snapshot.header.host == host and snapshot.header.roots == list(roots):
+            return snapshot
+    return None
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+

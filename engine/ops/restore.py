@@ -1,0 +1,377 @@
+"""Restore: catalog pages → wanted chunks by pack → ranges fetched at once → opened and written by workers → metadata."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import to_thread
+
+from coffret.engine.catalog_reader import Catalog
+from coffret.engine.errors import ChunkMissing, TargetError, UsageError
+from coffret.engine.fetch import Fetcher, fetch_into
+from coffret.engine.hardlinks import HardLinks
+from coffret.engine.openpool import OpenPool
+from coffret.engine.places import Places
+from coffret.engine.progress import Item
+from coffret.engine.records import Entry, iter_refs
+from coffret.engine.restore_jobs import LargeFile, Window, file_meta
+from coffret.engine.settings import OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES, RESTORE_STREAM_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coffret.engine.filters import PathPatterns
+    from coffret.engine.progress import Progress
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
+
+OVERWRITE = ("refuse", "always", "if-changed", "never")
+# Nodes are sent to a worker this many at a time.
+_NODES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note."""
+
+    overwrite: str = "refuse"
+    patterns: PathPatterns | None = None
+    owner: bool | None = None
+    sparse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSummary:
+    """What a restore wrote: files, bytes and faults."""
+
+    snapshot_id: str
+    path: bytes
+    target: bytes
+    files: int
+    size_bytes: int
+    errors: int
+    duration_s: float
+
+
+async def restore(
+    repository: Repository,
+    snapshot: Snapshot,
+    path: bytes | None,
+    target: bytes,
+    options: RestoreOptions,
+    progress: Progress,
+) -> RestoreSummary:
+    """Restore a snapshot, or what lies at `path` in it (absolute), into the directory `target`.
+
+    :raises UsageError: if there is no such path
+    :raises TargetError: if the target can't be used, or something would be overwritten
+    """
+    begin = time.perf_counter()
+    await repository.commits()
+    fetcher = Fetcher(
+        repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
+    )
+    catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
+    start, base = await _base(catalog, snapshot, path)
+    owner = os.geteuid() == 0 if options.owner is None else options.owner
+    if not owner and options.owner is None:
+        progress.note("owners are not restored, since this is not root")
+    await to_thread.run_sync(_prepare, target, options.overwrite)
+    pool = OpenPool(
+        repository.secrets,
+        repository.id_bytes,
+        workers=OPEN_WORKERS,
+        slabs=OPEN_SLABS,
+        slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
+        target=os.path.abspath(target),
+        owner=owner,
+        sparse=options.sparse,
+        replace=options.overwrite != "refuse",
+    )
+    progress.phase = "restore"
+    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        async with pool, anyio.create_task_group() as group:
+            work = _Restore(fetcher, catalog, pool, group, Places(root), start, base, options, progress)
+            await work.run()
+    finally:
+        os.close(root)
+    return RestoreSummary(snapshot.id, path or b"/", target, progress.files, progress.size_bytes, progress.errors, time.perf_counter() - begin)
+
+
+async def _base(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> tuple[bytes, bytes]:
+    """(where to start, what is cut off the front of each path), both without a leading slash."""
+    roots = [root.strip(b"/") for root in snapshot.header.roots]
+    start = path.strip(b"/") if path is not None else (roots[0] if len(roots) == 1 else os.path.commonpath(roots))
+    if b"" in roots and path is None:
+        start = b""
+    entry = await catalog.find(start)
+    if entry is None:
+        raise UsageError(
+            f"no {os.fsdecode(path or b'/')} in snapshot {snapshot.short_id}",
+            remedy=f"see `coffret at REPO ls {snapshot.short_id}` for what is there",
+        )
+    return start, start if stat.S_ISDIR(entry.mode) else start.rpartition(b"/")[0]
+
+
+def _prepare(target: bytes, overwrite: str) -> None:
+    try:
+        os.makedirs(target, exist_ok=True)
+        with os.scandir(target) as found:
+            occupied = next(found, None) is not None
+    except OSError as error:
+        raise TargetError(f"{os.fsdecode(target)}: {error.strerror}", remedy="choose another --to DIR") from None
+    if occupied and overwrite == "refuse":
+        raise TargetError(
+            f"{os.fsdecode(target)} is not empty",
+            remedy="restore into an empty directory, or say --overwrite always, if-changed or never",
+        )
+
+
+class _Restore:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        catalog: Catalog,
+        pool: OpenPool,
+        group: anyio.abc.TaskGroup,
+        places: Places,
+        start: bytes,
+        base: bytes,
+        options: RestoreOptions,
+        progress: Progress,
+    ) -> None:
+        self._fetcher, self._catalog, self._pool, self._group = fetcher, catalog, pool, group
+        self._places, self._start, self._options, self._progress = places, start, options, progress
+        self._cut = len(base) + 1 if base else 0
+        self._window = Window(pool.slab_bytes)
+        self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
+        self._links = HardLinks()
+        # Some names may be taken: files are made under another and renamed.
+        self._temporary = options.overwrite != "refuse"
+
+    async def run(self) -> None:
+        """Files first, then hard links, then directories from the deepest up, since each change below sets their times."""
+        async for directory, entries in self._catalog.walk(self._start):
+            await self._section(directory, entries)
+        await self._flush()
+        self._flush_nodes()
+        await self._pool.drain()
+        for fault in await to_thread.run_sync(self._links.make, self._places, self._temporary):
+            self._fault(*fault)
+        async for directory, entries in self._catalog.walk(self._start, reverse=True):
+            await self._directories(directory, entries)
+        self._flush_nodes()
+        await self._pool.drain()
+
+    def _relative(self, directory: bytes) -> bytes:
+        return directory[self._cut :]
+
+    def _wanted(self, directory: bytes, entry: Entry) -> bool:
+        patterns = self._options.patterns
+        if patterns is None:
+            return True
+        path = directory + b"/" + entry.name if directory else entry.name
+        return patterns.wanted(path, stat.S_ISDIR(entry.mode))
+
+    async def _section(self, directory: bytes, entries: Sequence[Entry]) -> None:
+        place = self._relative(directory)
+        wanted = [e for e in entries if not stat.S_ISDIR(e.mode) and self._wanted(directory, e)]
+        if self._options.overwrite in ("never", "if-changed") and wanted:
+            kept = await to_thread.run_sync(_existing, self._places, place, wanted, self._options.overwrite)
+            wanted = [entry for entry in wanted if entry.name not in kept]
+        files = []
+        for entry in wanted:
+            if entry.extra is not None and entry.extra.nlink > 1 and self._links.seen(place, entry):
+                continue
+            if not stat.S_ISREG(entry.mode):
+                self._nodes.append(await self._node(place, entry))
+            elif entry.size > RESTORE_STREAM_BYTES or (entry.extra is not None and entry.extra.depth):
+                await self._large(place, entry)
+            else:
+                files.append(entry)
+        if len(self._nodes) >= _NODES:
+            self._flush_nodes()
+        if files:
+            await self._small(place, files)
+
+    async def _small(self, place: bytes, files: list[Entry]) -> None:
+        """Add files to the window, which is sent off whenever it is full."""
+        refs = [list(iter_refs(entry.content)) for entry in files]
+        locations = iter(await self._fetcher.mirror.locate([chunk_id for found in refs for chunk_id, _ in found]))
+        for entry, found in zip(files, refs, strict=True):
+            chunks = [(chunk_id, length, next(locations)) for chunk_id, length in found]
+            path = place + b"/" + entry.name if place else entry.name
+            reason = missing(chunks)
+            if reason:
+                self._fault(path, reason)
+                continue
+            if not self._window.fits(chunks):
+                await self._flush()
+            xattrs, extents = await self._catalog.attributes(entry) if entry.extra is not None else ([], b"")
+            self._window.add(place, entry.name, file_meta(entry, xattrs), chunks, extents, temporary=self._temporary)
+
+    async def _flush(self) -> None:
+        """Send the window off: fetch its ranges into a slab, and have a worker open them and write the files."""
+        window, self._window = self._window, Window(self._pool.slab_bytes)
+        if not window.groups:
+            return
+        slab = await self._pool.acquire()
+        self._group.start_soon(self._fetch, window, slab, "files", (window.groups,), partial(self._written, window))
+
+    async def _fetch(
+        self, window: Window, slab: int, kind: str, arguments: tuple[Any, ...], done: Callable[[Any], None]
+    ) -> None:
+        blocks = await fetch_into(self._fetcher, window.blocks, self._pool.view(slab))
+        self._pool.submit(kind, blocks, *arguments, slab=slab, done=done)
+
+    def _written(self, window: Window, faults: list[tuple[bytes, str]]) -> None:
+        failed = {path for path, _ in faults}
+        for path, reason in faults:
+            self._fault(path, reason)
+        for directory, files in window.groups:
+            for name, _, meta, *_ in files:
+                path = directory + b"/" + name if directory else name
+                if path not in failed:
+                    self._done(path, meta[3])
+
+    async def _large(self, place: bytes, entry: Entry) -> None:
+        """Write a large file in pieces, out of order; it gets its name when all of it is there."""
+        xattrs, extents = await self._catalog.attributes(entry)
+        path = place + b"/" + entry.name if place else entry.name
+        large = LargeFile(place, entry.name, file_meta(entry, xattrs), extents)
+        try:
+            await to_thread.run_sync(large.create, self._places, self._options.sparse)
+        except OSError as error:
+            self._fault(path, error.strerror or str(error))
+            return
+        window = Window(self._pool.slab_bytes)
+        try:
+            async for refs in self._catalog.file_refs(entry):
+                found = list(iter_refs(refs))
+                locations = await self._fetcher.mirror.locate([chunk_id for chunk_id, _ in found])
+                for (chunk_id, length), location in zip(found, locations, strict=True):
+                    chunk = [(chunk_id, length, location)]
+                    if location is None:
+                        raise ChunkMissing(missing(chunk))
+                    if not window.fits(chunk) or window.raw_bytes + length > self._pool.slab_bytes:
+                        await self._send_piece(large, window)
+                        window = Window(self._pool.slab_bytes)
+                    large.add(window, chunk_id, length, location)
+        except ChunkMissing as error:
+            large.reason = str(error)
+        await self._send_piece(large, window)
+        large.complete = True
+        self._finish(large)
+
+    async def _send_piece(self, large: LargeFile, window: Window) -> None:
+        writes = large.take()
+        if not writes:
+            return
+        slab = await self._pool.acquire()
+        large.unfinished += 1
+
+        def done(faults: list[tuple[bytes, str]]) -> None:
+            large.unfinished -= 1
+            if faults and not large.reason:
+                large.reason = faults[0][1]
+            self._finish(large)
+
+        place = (large.directory, large.temporary)
+        self._group.start_soon(self._fetch, window, slab, "piece", (place, writes), done)
+
+    def _finish(self, large: LargeFile) -> None:
+        if not large.complete or large.unfinished:
+            return
+        path = large.directory + b"/" + large.name if large.directory else large.name
+
+        def done(faults: list[tuple[bytes, str]]) -> None:
+            for fault in faults:
+                self._fault(*fault)
+            if not large.reason:
+                self._done(path, large.meta[3])
+
+        if large.reason:
+            self._fault(path, large.reason)
+        self._pool.submit(
+            "finish", large.directory, b"" if large.reason else large.name, large.temporary, large.meta, done=done
+        )
+
+    async def _node(self, place: bytes, entry: Entry) -> tuple[bytes, bytes, tuple[Any, ...], bytes, int]:
+        extra = entry.extra
+        xattrs, _ = await self._catalog.attributes(entry) if extra is not None else ([], b"")
+        target, rdev = (extra.target, extra.rdev) if extra is not None else (b"", 0)
+        return place, entry.name, file_meta(entry, xattrs), target, rdev
+
+    async def _directories(self, directory: bytes, entries: Sequence[Entry]) -> None:
+        for entry in reversed(entries):
+            path = directory + b"/" + entry.name if directory else entry.name
+            if not stat.S_ISDIR(entry.mode) or not self._wanted(directory, entry) or len(path) < self._cut:
+                continue
+            place = self._relative(path)
+            parent, _, name = place.rpartition(b"/")
+            self._nodes.append((parent, name, *(await self._node(parent, entry))[2:]))
+        if len(self._nodes) >= _NODES:
+            self._flush_nodes()
+            await self._pool.drain(below=8)
+
+    def _flush_nodes(self) -> None:
+        nodes, self._nodes = self._nodes, []
+        if not nodes:
+            return
+
+        def done(faults: list[tuple[bytes, str]]) -> None:
+            failed = {path for path, _ in faults}
+            for fault in faults:
+                self._fault(*fault)
+            for directory, name, _, _, _ in nodes:
+                path = directory + b"/" + name if directory else name
+                if path not in failed and self._progress.on_item is not None:
+                    self._progress.on_item(Item(path, "restored"))
+
+        self._pool.submit("nodes", nodes, done=done, ordered=True)
+
+    def _fault(self, path: bytes, reason: str) -> None:
+        self._progress.fault(path, reason)
+
+    def _done(self, path: bytes, size_bytes: int) -> None:
+        progress = self._progress
+        progress.files += 1
+        progress.size_bytes += size_bytes
+        if progress.on_item is not None:
+            progress.on_item(Item(path, "restored", size_bytes))
+
+
+def missing(chunks: Sequence[tuple[bytes, int, Any]]) -> str:
+    """Why a file can't be restored: its first chunk that is in no pack, or ""."""
+    for chunk_id, _, location in chunks:
+        if location is None:
+            return f"chunk {chunk_id.hex()[:16]} is in no pack"
+    return ""
+
+
+def _existing(places: Places, directory: bytes, entries: Sequence[Entry], policy: str) -> set[bytes]:
+    """Names that stay as they are: all that exist, or only those that look the same."""
+    kept = set()
+    folder = places.enter(directory)
+    for entry in entries:
+        try:
+            status = os.stat(entry.name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        same = (
+            stat.S_IFMT(status.st_mode) == stat.S_IFMT(entry.mode)
+            and status.st_mtime_ns == entry.mtime_ns
+            and (status.st_size == entry.size or not stat.S_ISREG(entry.mode))
+        )
+        if policy == "never" or same:
+            kept.add(entry.name)
+    return kept
+
+

@@ -1,0 +1,121 @@
+"""Pack: place sealed blocks into pack buffers, and hand on those that are full.
+
+Buffers are preallocated, page-aligned and reused: fresh memory is dear on virtual machines, and a connector can write
+them with O_DIRECT. Catalog chunks fill packs of their own, so that reading a catalog touches few objects.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+import zstandard
+
+from coffret.engine.flow import Waiters
+from coffret.engine.packfile import PackBuilder
+from coffret.engine.sealing import RAW, ZSTD
+
+if TYPE_CHECKING:
+    from coffret.engine.dedup import RawBlock
+    from coffret.engine.flow import Sender
+    from coffret.engine.sealing import Sealer
+
+
+@dataclass(slots=True)
+class Body:
+    """A block compressed, waiting for its place; `seen` is the pack it did not fit in."""
+
+    block: RawBlock
+    data: bytes | memoryview
+    codec: int
+    seen: PackBuilder | None = None
+
+
+class Packer:
+    """The open packs of a backup: one of data, one of catalog chunks. `place` runs in threads, the rest on the loop."""
+
+    def __init__(
+        self, sealer: Sealer, attempt: bytes, *, level: int | None, pack_bytes: int, buffers: int, outbox: Sender[PackBuilder]
+    ) -> None:
+        self._sealer, self._attempt, self._level = sealer, attempt, level
+        self._pack_bytes, self._spare, self._outbox = pack_bytes, buffers, outbox
+        self._free: list[mmap.mmap] = []
+        self._buffers: dict[int, mmap.mmap] = {}
+        self._returned = Waiters()
+        self._current: dict[bool, PackBuilder | None] = {False: None, True: None}
+        self._turns = {False: anyio.Lock(), True: anyio.Lock()}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.stored_bytes = 0
+
+    def compress(self, block: RawBlock) -> Body:
+        """Join and compress a block; one that does not shrink stays as it is."""
+        data = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
+        if self._level is None:
+            return Body(block, data, RAW)
+        if not hasattr(self._local, "zstd"):
+            self._local.zstd = zstandard.ZstdCompressor(level=self._level)
+        packed = self._local.zstd.compress(data)
+        return Body(block, packed, ZSTD) if len(packed) < len(data) else Body(block, data, RAW)
+
+    def place(self, body: Body) -> tuple[bool, PackBuilder | None]:
+        """Seal a block into its open pack: (whether it fitted, the pack if this was the last it waited for)."""
+        block = body.block
+        with self._lock:
+            body.seen = builder = self._current[block.meta]
+            if builder is None:
+                return False, None
+            offset = builder.reserve(len(body.data), block.raw_bytes, body.codec, b"".join(block.refs))
+            if offset is None:
+                return False, None
+        builder.seal(body.data, offset)
+        with self._lock:
+            builder.sealing -= 1
+            return True, builder if builder.full and not builder.sealing else None
+
+    def compress_and_place(self, block: RawBlock) -> tuple[Body, bool, PackBuilder | None]:
+        """Both in one step, since most blocks fit."""
+        body = self.compress(block)
+        return body, *self.place(body)
+
+    async def make_room(self, body: Body) -> None:
+        """Open another pack in place of the one a block did not fit in."""
+        meta = body.block.meta
+        async with self._turns[meta]:
+            if self._current[meta] is not body.seen:
+                return
+            await self._close(meta)
+            while not self._free and not self._spare:
+                await self._returned.wait()
+            if self._free:
+                buffer = self._free.pop()
+            else:
+                self._spare -= 1
+                buffer = mmap.mmap(-1, self._pack_bytes)
+            builder = PackBuilder(memoryview(buffer), self._sealer, self._attempt)
+            self._buffers[id(builder)] = buffer
+            self._current[meta] = builder
+
+    async def _close(self, meta: bool) -> None:
+        with self._lock:
+            builder, self._current[meta] = self._current[meta], None
+            if builder is None:
+                return
+            builder.full = True
+            ready = builder.sealing == 0
+        if ready:
+            await self._outbox.send(builder)
+
+    def release(self, builder: PackBuilder) -> None:
+        """A pack is stored: its buffer is free for another."""
+        builder.buffer.release()
+        self._free.append(self._buffers.pop(id(builder)))
+        self._returned.wake()
+
+    async def finish(self) -> None:
+        """Hand on what is open, when all blocks are placed."""
+        for meta in (False, True):
+            await self._close(meta)

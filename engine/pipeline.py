@@ -1,0 +1,190 @@
+"""The backup pipeline: its stages, in order, and every queue size and worker count.
+
+    scan ──► chunk ──► dedup ──► seal ──► upload ──► (index)
+      │        │         ▲
+      └────────┴─► catalog
+
+Memory, in the order the bytes flow: slabs (workers × 4 × 8 MiB), blocks copied out of slabs (`blocks` below), pack
+buffers (uploads + 3, 32 MiB each). A stage acquires room downstream before it produces, so the sum is the bound.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from coffret.engine.chunk import Chunking, chunk_stage
+from coffret.engine.chunkpool import ChunkPool
+from coffret.engine.dedup import MetaChunks, RawBlock, Run, dedup_stage
+from coffret.engine.flow import Channel
+from coffret.engine.packer import Packer
+from coffret.engine.packfile import PackBuilder
+from coffret.engine.pages import CatalogWriter, catalog_stage
+from coffret.engine.scan import ScanPage
+from coffret.engine.seal import seal_stage
+from coffret.engine.settings import MIB, SLABS_PER_WORKER, WORKERS
+from coffret.engine.stream import StreamReader, StreamSource, stream_stage
+from coffret.engine.upload import upload_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coffret.connectors.base import Connector
+    from coffret.engine.index import IndexWriter
+    from coffret.engine.known import KnownChunks
+    from coffret.engine.progress import Progress
+    from coffret.engine.records import Config, Counts
+    from coffret.engine.scan import Scanner
+    from coffret.engine.sealing import Sealer, Secrets
+
+# Pages per step of the scan thread: a step costs a hop of about 60 µs.
+_PAGES_A_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of everything there is at a time; tests set all to their minimum."""
+
+    workers: int = WORKERS
+    slabs: int = SLABS_PER_WORKER
+    sealers: int = max(2, os.cpu_count() or 1)
+    uploads: int = 2
+    pages: int = 32
+    blocks: int = 8
+    runs: int = 4
+
+    @property
+    def pack_buffers(self) -> int:
+        """Two packs are open, one waits for its last block, the others are being put."""
+        return self.uploads + 3
+
+
+class Pipeline:
+    """One run of the stages over one scanner. After `run`: `root`, the catalog's (ref, depth)."""
+
+    def __init__(
+        self,
+        *,
+        connector: Connector,
+        sealer: Sealer,
+        secrets: Secrets,
+        config: Config,
+        attempt: bytes,
+        known: KnownChunks,
+        index: IndexWriter,
+        level: int | None,
+        limits: Limits,
+        progress: Progress,
+        counts: Counts,
+        fault: Callable[[bytes, str], None],
+    ) -> None:
+        self._connector, self._known, self._index = connector, known, index
+        self._config, self._secrets = config, secrets
+        self._limits, self._progress, self._fault = limits, progress, fault
+        self.meta = MetaChunks(secrets.id_key)
+        self._writer = CatalogWriter(self.meta, counts, progress)
+        self._pool = ChunkPool(workers=limits.workers, slabs=limits.slabs, chunker=config.chunker, secrets=secrets)
+        self._scanned = Channel[ScanPage]("scanned", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
+        self._complete = Channel[ScanPage]("complete", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
+        self._runs = Channel[Run]("runs", max_items=limits.runs, max_bytes=4 * MIB, size=lambda run: run.size_bytes)
+        self._blocks = Channel[RawBlock](
+            "blocks", max_items=limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
+        )
+        self._packs = Channel[PackBuilder](
+            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
+        )
+        # Every sending end exists before any stage runs, so that no channel ends before its senders have begun.
+        self._chunk_runs, self._catalog_runs = self._runs.sender(), self._runs.sender()
+        self._chunk_pages, self._dedup_blocks = self._complete.sender(), self._blocks.sender()
+        self._seal_packs = self._packs.sender()
+        self._packer = Packer(
+            sealer,
+            attempt,
+            level=level,
+            pack_bytes=config.pack_bytes,
+            buffers=limits.pack_buffers,
+            outbox=self._seal_packs,
+        )
+        progress.channels = [
+            channel.statistics for channel in (self._scanned, self._complete, self._runs, self._blocks, self._packs)
+        ]
+        self.root: tuple[bytes, int] = (b"", 0)
+
+    async def run(self, source: Scanner | StreamSource) -> None:
+        """Run all stages to their end over a scanner, or a stream in the place of scan and chunk.
+
+        An error or cancellation in one stage ends all, the pool's processes included.
+
+        :raises CoffretError, ConnectorError: as the stages do, possibly in an ExceptionGroup
+        """
+        limits = self._limits
+        threads = anyio.CapacityLimiter(limits.sealers + limits.uploads)
+        async with self._pool as pool, anyio.create_task_group() as group:
+            if isinstance(source, StreamSource):
+                group.start_soon(self._stream, source)
+            else:
+                group.start_soon(self._scan, source)
+                group.start_soon(self._chunk, pool)
+            group.start_soon(self._catalog)
+            group.start_soon(self._dedup)
+            group.start_soon(self._seal, threads)
+            for _ in range(limits.uploads):
+                group.start_soon(self._upload, threads)
+
+    async def _scan(self, scanner: Scanner) -> None:
+        with self._scanned.sender() as outbox:
+            while pages := await to_thread.run_sync(scanner.next, _PAGES_A_STEP):
+                for page in pages:
+                    await outbox.send(page)
+
+    async def _chunk(self, pool: ChunkPool) -> None:
+        with self._chunk_runs as runs, self._chunk_pages as pages:
+            chunking = Chunking(
+                pool, runs=runs, pages=pages, meta=self.meta, progress=self._progress, fault=self._fault
+            )
+            await chunk_stage(self._scanned, chunking=chunking, pool=pool)
+
+    async def _stream(self, source: StreamSource) -> None:
+        with self._chunk_runs as runs, self._chunk_pages as pages:
+            reader = StreamReader(source, self._config.chunker, self._secrets)
+            await stream_stage(
+                source,
+                reader=reader,
+                runs=runs,
+                pages=pages,
+                meta=self.meta,
+                progress=self._progress,
+                fault=self._fault,
+            )
+
+    async def _catalog(self) -> None:
+        self.root = await catalog_stage(self._complete, self._catalog_runs, writer=self._writer, meta=self.meta)
+
+    async def _dedup(self) -> None:
+        await dedup_stage(self._runs, self._dedup_blocks, known=self._known, progress=self._progress)
+
+    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
+        with self._seal_packs as outbox:
+            async with anyio.create_task_group() as sealers:
+                for _ in range(self._limits.sealers):
+                    sealers.start_soon(partial(seal_stage, self._blocks, outbox, packer=self._packer, threads=threads))
+            await self._packer.finish()
+
+    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
+        await upload_stage(
+            self._packs,
+            connector=self._connector,
+            packer=self._packer,
+            index=self._index,
+            threads=threads,
+            progress=self._progress,
+        )
+
+
+def _page_bytes(page: ScanPage) -> int:
+    return page.weight

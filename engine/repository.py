@@ -1,0 +1,314 @@
+"""A repository opened: the way into the engine for the command line and for programs that use it as a library.
+
+    async with open_repository("/var/backups", passphrase=lambda: b"…") as repository:
+        summary = await repository.backup([b"/etc"])
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from coffret.connectors.errors import AlreadyExists, NotFound
+from coffret.connectors.registry import open_connector
+from coffret.engine import configuration, keys, state
+from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
+from coffret.engine.sealing import Sealer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from coffret.connectors.base import Connector
+    from coffret.engine.mirror import Mirror
+    from coffret.engine.ops.backup import BackupOptions, BackupSummary
+    from coffret.engine.ops.check import CheckOptions, CheckSummary
+    from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
+    from coffret.engine.progress import Progress
+    from coffret.engine.records import Config, Entry
+    from coffret.engine.sealing import Secrets
+    from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.stream import StreamSource
+
+CONFIG = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How to reach a repository, and where this machine keeps what it knows of it.
+
+    `connector`: options of the storage. `cache_dir` and `state_dir` default to the user's folders. `expect_id`: accept
+    this repository, and no other.
+    """
+
+    connector: Mapping[str, str] = field(default_factory=dict)
+    cache_dir: Path | None = None
+    state_dir: Path | None = None
+    use_cache: bool = True
+    expect_id: str | None = None
+
+
+class Repository:
+    """An open repository. Made by `open_repository`; its methods may run concurrently."""
+
+    def __init__(
+        self, connector: Connector, config: Config, secrets: Secrets, mirror: Mirror, options: OpenOptions, notes: list[str]
+    ) -> None:
+        self.connector, self.config, self.secrets, self.mirror = connector, config, secrets, mirror
+        self.options = options
+        #: Remarks for the user that came up while opening.
+        self.notes = notes
+        self.id_bytes = bytes.fromhex(config.repository_id)
+        self.sealer = Sealer(secrets, self.id_bytes)
+        self._commits: Commits | None = None
+
+    async def commits(self) -> Commits:
+        """The snapshots there are, listed once; the mirror is in step with the index then."""
+        if self._commits is None:
+            from coffret.engine.attempt import update_mirror
+            from coffret.engine.snapshot import load_commits
+
+            names = [info.name async for info in self.connector.list("index/")]
+            self._commits = await load_commits(self.connector, self.sealer)
+            await update_mirror(self.connector, self.sealer, self.mirror, names, self._commits)
+        return self._commits
+
+    async def find_snapshot(self, text: str) -> Snapshot:
+        """The snapshot meant by an id, a unique prefix of one, or `latest`.
+
+        :raises NoSuchSnapshot: if none is meant, or several are
+        """
+        from coffret.engine.snapshot import find_snapshot
+
+        return find_snapshot((await self.commits()).snapshots, text)
+
+    async def backup(
+        self,
+        source: Sequence[bytes] | StreamSource,
+        options: BackupOptions | None = None,
+        progress: Progress | None = None,
+    ) -> BackupSummary:
+        """Back up paths, or a stream, as one snapshot; see `ops.backup.backup`."""
+        from coffret.engine.ops import backup
+        from coffret.engine.progress import Progress
+
+        return await backup.backup(self, source, options or backup.BackupOptions(), progress or Progress())
+
+    async def restore(
+        self,
+        snapshot: Snapshot,
+        target: bytes,
+        *,
+        path: bytes | None = None,
+        options: RestoreOptions | None = None,
+        progress: Progress | None = None,
+    ) -> RestoreSummary:
+        """Restore a snapshot, or what lies at `path` in it, into a directory; see `ops.restore.restore`."""
+        from coffret.engine.ops import restore
+        from coffret.engine.progress import Progress
+
+        return await restore.restore(
+            self, snapshot, path, target, options or restore.RestoreOptions(), progress or Progress()
+        )
+
+    async def check(
+        self,
+        targets: Sequence[tuple[Snapshot, bytes | None]] | None = None,
+        options: CheckOptions | None = None,
+        progress: Progress | None = None,
+    ) -> CheckSummary:
+        """Verify snapshots, or everything; see `ops.check.check`."""
+        from coffret.engine.ops import check
+        from coffret.engine.progress import Progress
+
+        return await check.check(self, targets, options or check.CheckOptions(), progress or Progress())
+
+    async def entries(
+        self, snapshot: Snapshot, path: bytes, *, recursive: bool
+    ) -> AsyncIterator[tuple[bytes, list[Entry]]]:
+        """(directory, entries) of what lies at `path` (no leading slash): a file itself, a directory's content.
+
+        :raises UsageError: if there is no such path
+        """
+        import stat
+
+        from coffret.engine.catalog_reader import Catalog
+        from coffret.engine.fetch import Fetcher
+
+        await self.commits()
+        fetcher = Fetcher(self.connector, self.sealer, self.mirror, id_key=self.secrets.id_key)
+        catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
+        entry = await catalog.find(path)
+        if entry is None:
+            raise UsageError(
+                f"no /{os.fsdecode(path)} in snapshot {snapshot.short_id}",
+                remedy=f"see `coffret at REPO ls {snapshot.short_id}` for what is there",
+            )
+        if recursive or not stat.S_ISDIR(entry.mode):
+            async for directory, entries in catalog.walk(path):
+                yield directory, entries
+        else:
+            async for entries in catalog.listing(path):
+                yield path, entries
+
+    def own_places(self) -> frozenset[tuple[int, int]]:
+        """(device, inode) of the directories a backup leaves out: the repository itself, and Coffret's own."""
+        places = [_cache_folder(self.options), self.options.state_dir or state.state_folder()]
+        if self.connector.location.startswith("file://"):
+            places.append(self.connector.path)  # type: ignore[attr-defined]
+        found = set()
+        for place in places:
+            try:
+                status = os.stat(place)
+            except OSError:
+                continue
+            found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
+
+async def create_repository(url: str, *, passphrase: bytes | None, options: OpenOptions | None = None) -> Config:
+    """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
+
+    :raises UsageError: if there is a repository already, or the passphrase is empty
+    """
+    options = options or OpenOptions()
+    secrets = keys.new_secrets(encrypted=passphrase is not None)
+    config = configuration.new_config(secrets)
+    data = configuration.config_bytes(config)
+    async with open_connector(url, options.connector) as connector:
+        await connector.create()
+        await _probe(connector)
+        taken = UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
+        try:
+            await connector.stat(CONFIG)
+            raise taken
+        except NotFound:
+            pass
+        if passphrase is not None:
+            label = f"{os.uname().nodename}"
+            slot_id, slot = await to_thread.run_sync(
+                lambda: keys.wrap(secrets, passphrase, configuration.config_hash(data), label=label)
+            )
+            await connector.put(f"keys/{slot_id}", [slot], if_absent=True)
+        try:
+            # Last: with its config the repository exists.
+            await connector.put(CONFIG, [data], if_absent=True)
+        except AlreadyExists:
+            raise taken from None
+        state.remember(
+            connector.location,
+            config.repository_id,
+            config.encrypted,
+            configuration.config_hash(data),
+            folder=options.state_dir,
+        )
+    return config
+
+
+async def _probe(connector: Connector) -> None:
+    """Race puts of one name: a storage that lets two of them win can't hold a repository that several write to."""
+    name = f"leases/{os.urandom(16).hex()}"
+    winners = 0
+
+    async def put(number: int) -> None:
+        nonlocal winners
+        try:
+            await connector.put(name, [b"probe %d" % number], if_absent=True)
+            winners += 1
+        except AlreadyExists:
+            pass
+
+    async with anyio.create_task_group() as group:
+        for number in range(4):
+            group.start_soon(put, number)
+    await connector.delete(name)
+    if winners != 1:
+        raise NoRepository(
+            f"{connector.location}: of four puts that must exclude each other {winners} succeeded",
+            remedy="choose a storage with atomic creation of files",
+        )
+
+
+@asynccontextmanager
+async def open_repository(
+    url: str, *, passphrase: Callable[[], bytes] | None = None, options: OpenOptions | None = None
+) -> AsyncIterator[Repository]:
+    """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
+
+    :raises NoRepository: if there is none
+    :raises WrongPassphrase: if the passphrase opens nothing, or none is given
+    :raises RepositoryChanged: if it is not the one that was at this location before
+    """
+    from coffret.engine.mirror import Mirror, mirror_folder
+
+    options = options or OpenOptions()
+    async with open_connector(url, options.connector) as connector:
+        data = await _config(connector, url)
+        config = configuration.parse_config(data)
+        digest = configuration.config_hash(data)
+        known = (connector.location, config.repository_id, config.encrypted, digest, options.expect_id)
+        state.check(*known, pin=False, folder=options.state_dir)
+        secrets = await _unlock(connector, config, digest, passphrase)
+        note = state.check(*known, folder=options.state_dir)
+        folder = None
+        if options.use_cache:
+            folder = mirror_folder(_cache_folder(options), config.repository_id, connector.location)
+        mirror = await Mirror.open(folder, config.repository_id)
+        try:
+            yield Repository(connector, config, secrets, mirror, options, [note] if note else [])
+        finally:
+            with anyio.CancelScope(shield=True):
+                await mirror.close()
+
+
+@asynccontextmanager
+async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
+    """The storage of a repository, without its keys: for what needs no passphrase.
+
+    :raises NoRepository: if there is no repository
+    """
+    options = options or OpenOptions()
+    async with open_connector(url, options.connector) as connector:
+        configuration.parse_config(await _config(connector, url))
+        yield connector
+
+
+async def _config(connector: Connector, url: str) -> bytes:
+    try:
+        return await connector.get(CONFIG)
+    except NotFound:
+        raise NoRepository(f"no repository at {url}") from None
+
+
+async def _unlock(
+    connector: Connector, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
+) -> Secrets:
+    if not config.encrypted:
+        return configuration.clear_secrets(config)
+    slots = await load_slots(connector)
+    if passphrase is None:
+        raise WrongPassphrase("the repository is encrypted and no passphrase was given")
+    given = passphrase()
+    _, secrets = await to_thread.run_sync(keys.unlock, slots, given, digest)
+    return secrets
+
+
+async def load_slots(connector: Connector) -> dict[str, bytes]:
+    """The key slots, by id."""
+    slots = {}
+    async for info in connector.list("keys/"):
+        slots[info.name.partition("/")[2]] = await connector.get(info.name)
+    return slots
+
+
+def _cache_folder(options: OpenOptions) -> Path:
+    if options.cache_dir is not None:
+        return options.cache_dir
+    from platformdirs import user_cache_path
+
+    return user_cache_path("coffret", appauthor=False)

@@ -1,0 +1,130 @@
+"""What a restore sends to a worker: a window of small files, or a piece of a large one, with the blocks they need."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from coffret.engine.openworker import reserve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coffret.engine.mirror import Location
+    from coffret.engine.places import Places
+    from coffret.engine.records import Entry
+
+Chunk = tuple[bytes, int, "Location"]
+# Files of a window: as many small ones as keep a worker busy for some ten milliseconds.
+_MAX_FILES = 512
+
+
+def file_meta(entry: Entry, xattrs: Sequence[tuple[bytes, bytes]]) -> tuple[Any, ...]:
+    """What a worker sets on what it made: (mode, uid, gid, size, mtime_ns, xattrs)."""
+    return entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns, list(xattrs)
+
+
+def temporary_name() -> bytes:
+    """A name for a file that is not whole yet."""
+    return b".coffret-" + secrets.token_hex(8).encode()
+
+
+class Window:
+    """The blocks that fit in one slab, and the files made of them.
+
+    `groups`: [(directory, [(name, temporary, meta, parts, extents)])]; a part is (block, inner, length, chunk id).
+    """
+
+    def __init__(self, slab_bytes: int) -> None:
+        self.blocks: list[Location] = []
+        self.groups: list[tuple[bytes, list[Any]]] = []
+        self.raw_bytes = 0
+        self._slab_bytes = slab_bytes
+        self._numbers: dict[tuple[bytes, int], int] = {}
+        self._stored_bytes = 0
+        self._files = 0
+
+    def fits(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether another file of these chunks, or a file at all, fits."""
+        more = {(chunk[2].pack, chunk[2].offset): chunk[2].stored_bytes for chunk in chunks}
+        stored = sum(size for key, size in more.items() if key not in self._numbers)
+        return self._stored_bytes + stored <= self._slab_bytes and self._files < _MAX_FILES
+
+    def part(self, chunk_id: bytes, length: int, location: Location) -> tuple[int, int, int, bytes]:
+        """A chunk as a worker finds it; its block joins the window."""
+        key = (location.pack, location.offset)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.blocks)
+            self.blocks.append(location)
+            self._stored_bytes += location.stored_bytes
+        self.raw_bytes += length
+        return number, location.inner, length, chunk_id
+
+    def add(
+        self,
+        directory: bytes,
+        name: bytes,
+        meta: tuple[Any, ...],
+        chunks: Sequence[Chunk],
+        extents: bytes,
+        *,
+        temporary: bool,
+    ) -> None:
+        """Add a whole file."""
+        parts = [self.part(*chunk) for chunk in chunks]
+        if not self.groups or self.groups[-1][0] != directory:
+            self.groups.append((directory, []))
+        self.groups[-1][1].append((name, temporary_name() if temporary else b"", meta, parts, extents))
+        self._files += 1
+
+
+class LargeFile:
+    """A file written in pieces under a temporary name: where each chunk of its stream goes, and what is under way."""
+
+    def __init__(self, directory: bytes, name: bytes, meta: tuple[Any, ...], extents: bytes) -> None:
+        self.directory, self.name, self.meta = directory, name, meta
+        self.temporary = temporary_name()
+        self.unfinished, self.complete, self.reason = 0, False, ""
+        self._sparse = bool(extents)
+        self._extents: deque[tuple[int, int]] = deque(struct.iter_unpack("<QQ", extents) if extents else [(0, meta[3])])
+        self._writes: list[list[Any]] = []
+
+    def create(self, places: Places, sparse: bool) -> None:
+        """Make the file, with its final size.
+
+        :raises OSError: if it can't be
+        """
+        folder = places.enter(self.directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self.temporary, flags, 0o600, dir_fd=folder)
+        try:
+            reserve(fd, self.meta[3], sparse=sparse or not self._sparse)
+        finally:
+            os.close(fd)
+
+    def add(self, window: Window, chunk_id: bytes, length: int, location: Location) -> None:
+        """The next chunk of the stream: it continues the last write, or, where a hole comes between, begins another."""
+        part, skip = window.part(chunk_id, length, location), 0
+        while length and self._extents:
+            offset, room = self._extents[0]
+            count = min(length, room)
+            last = self._writes[-1] if self._writes else None
+            if last is not None and last[0] + last[1] == offset and skip == 0:
+                last[1] += count
+                last[3].append(part)
+            elif count:
+                self._writes.append([offset, count, skip, [part]])
+            length, skip = length - count, skip + count
+            if count == room:
+                self._extents.popleft()
+            else:
+                self._extents[0] = (offset + count, room - count)
+
+    def take(self) -> list[tuple[int, int, int, list[Any]]]:
+        """The writes of the piece that is complete: (file offset, length, bytes to skip, parts)."""
+        writes, self._writes = self._writes, []
+        return [tuple(write) for write in writes]  # type: ignore[misc]

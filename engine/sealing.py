@@ -1,0 +1,165 @@
+"""Seal and open stored bytes: one key per object, derived from the data key and the object's own random salt.
+
+AES-256-GCM with key = HKDF-SHA256(data key, salt, purpose) and nonce = the position within the object, so that no
+nonce state is shared between writers and none can repeat. In a repository without encryption the 16 bytes of the tag
+hold an xxh3-128 checksum, which finds damage, not malice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import xxhash
+import zstandard
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from coffret.engine.errors import Damaged, UnsupportedVersion
+from coffret.engine.records import ATTEMPT_BYTES, FORMAT_VERSION
+
+TAG_BYTES = 16
+HEADER_BYTES = 64
+MAGIC = b"COFFRET\0"
+# Kinds of objects, in the header in clear: what a name holds can be told without a key, and never be taken for another.
+PACK, FOOTER, INDEX, SNAPSHOT, END, LEASE, MARK, REMOVED = (bytes([c]) for c in b"PFISELMR")
+CLEAR, WRAPPED_BY_DATA_KEY = 0, 1
+RAW, ZSTD = 0, 1
+# No record but a pack may be larger: a hostile length can't exhaust memory.
+MAX_OBJECT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secrets:
+    """The keys of a repository, 32 bytes each; `data_key` is empty where there is no encryption."""
+
+    data_key: bytes
+    id_key: bytes
+    chunker_key: bytes
+
+
+class BlockCipher:
+    """Seals and opens the blocks of one object (one salt). Calls release the GIL and may run in any thread."""
+
+    __slots__ = ("_aes", "_prefix")
+
+    def __init__(self, key: bytes | None, prefix: bytes) -> None:
+        self._aes = AESGCM(key) if key is not None else None
+        self._prefix = prefix
+
+    def seal_into(self, data: bytes | memoryview, position: int, target: memoryview, extra: bytes = b"") -> None:
+        """Seal `data` into `target`, which is 16 bytes longer, as the part at `position`."""
+        where = position.to_bytes(12, "little")
+        if self._aes is not None:
+            self._aes.encrypt_into(where, data, self._prefix + where + extra, target)
+        else:
+            target[:-TAG_BYTES] = data
+            target[-TAG_BYTES:] = self._checksum(data, where, extra)
+
+    def open(self, sealed: bytes | memoryview, position: int, extra: bytes = b"") -> bytes | memoryview:
+        """Return what was sealed at `position`.
+
+        :raises Damaged: if it is not exactly what was sealed there
+        """
+        where = position.to_bytes(12, "little")
+        if len(sealed) < TAG_BYTES:
+            raise Damaged("a sealed part is cut short")
+        if self._aes is not None:
+            try:
+                return self._aes.decrypt(where, sealed, self._prefix + where + extra)
+            except InvalidTag:
+                raise Damaged("a sealed part does not authenticate") from None
+        data = memoryview(sealed)[:-TAG_BYTES]
+        if self._checksum(data, where, extra) != bytes(sealed[-TAG_BYTES:]):
+            raise Damaged("a part does not have its checksum")
+        return data
+
+    def _checksum(self, data: bytes | memoryview, where: bytes, extra: bytes) -> bytes:
+        state = xxhash.xxh3_128(self._prefix + where + extra)
+        state.update(data)
+        return state.digest()
+
+
+class Sealer:
+    """Everything about sealing that belongs to one repository: its data key and its id."""
+
+    def __init__(self, secrets: Secrets, repository_id: bytes) -> None:
+        self._data_key = secrets.data_key
+        self._repository_id = repository_id
+        self.encrypted = bool(secrets.data_key)
+
+    def header(self, kind: bytes, attempt: bytes, codec: int = RAW) -> bytes:
+        """A new object's clear header, with a fresh salt: 64 bytes."""
+        wrap = WRAPPED_BY_DATA_KEY if self.encrypted else CLEAR
+        return b"".join(
+            (MAGIC, bytes((FORMAT_VERSION,)), kind, bytes((wrap, codec)), attempt, bytes(4), os.urandom(32))
+        )
+
+    def cipher(self, header: bytes | memoryview, kind: bytes, name: str = "") -> BlockCipher:
+        """The cipher of the object with this header; kind, repository and name are bound into every part.
+
+        :raises Damaged: if it is no header, or one of another kind or repository
+        :raises UnsupportedVersion: if a newer version wrote it
+        """
+        header = bytes(header[:HEADER_BYTES])
+        if len(header) < HEADER_BYTES or header[:8] != MAGIC:
+            raise Damaged("not an object of a coffret repository")
+        if header[8] != FORMAT_VERSION:
+            raise UnsupportedVersion(f"an object has format version {header[8]}")
+        wrap = WRAPPED_BY_DATA_KEY if self.encrypted else CLEAR
+        if header[9:10] != kind or header[10] != wrap:
+            raise Damaged("an object is of another kind than its name says")
+        return self.cipher_like(header, kind, kind, name)
+
+    def cipher_like(self, header: bytes, kind: bytes, purpose: bytes, name: str = "") -> BlockCipher:
+        """The cipher for another part of the same object: own key, and `purpose` bound instead of the kind."""
+        key = None
+        if self.encrypted:
+            key = HKDF(SHA256(), 32, header[32:64], b"coffret object " + purpose).derive(self._data_key)
+        bound = (MAGIC, header[8:9], kind, purpose, header[10:12], self._repository_id, name.encode(), b"\0")
+        return BlockCipher(key, b"".join(bound))
+
+    def seal(self, kind: bytes, name: str, attempt: bytes, payload: bytes, *, level: int = 3) -> bytes:
+        """A whole object: header, then the payload compressed and sealed, bound to its name."""
+        packed = zstandard.ZstdCompressor(level=level).compress(payload)
+        codec = ZSTD if len(packed) < len(payload) else RAW
+        body = packed if codec == ZSTD else payload
+        header = self.header(kind, attempt, codec)
+        target = bytearray(HEADER_BYTES + len(body) + TAG_BYTES)
+        target[:HEADER_BYTES] = header
+        self.cipher(header, kind, name).seal_into(body, 0, memoryview(target)[HEADER_BYTES:], header)
+        return bytes(target)
+
+    def open(self, kind: bytes, name: str, data: bytes) -> tuple[bytes, bytes]:
+        """Return (attempt, payload) of a whole object.
+
+        :raises Damaged: if it is not what was stored under this name
+        :raises UnsupportedVersion: if a newer version wrote it
+        """
+        try:
+            body = self.cipher(data, kind, name).open(memoryview(data)[HEADER_BYTES:], 0, data[:HEADER_BYTES])
+            payload = decompress(body, MAX_OBJECT_BYTES) if data[11] == ZSTD else bytes(body)
+        except Damaged as error:
+            raise Damaged(f"{name}: {error}") from None
+        return data[12 : 12 + ATTEMPT_BYTES], payload
+
+
+def kind_of(data: bytes) -> bytes:
+    """The kind of an object, by its clear header (b"" if it is none)."""
+    return data[9:10] if data[:8] == MAGIC else b""
+
+
+def decompress(data: bytes | memoryview, limit_bytes: int) -> bytes:
+    """One zstd frame's content, of at most `limit_bytes`.
+
+    :raises Damaged: if it is no such frame
+    """
+    try:
+        declared = zstandard.frame_content_size(data)
+        if not 0 <= declared <= limit_bytes:
+            raise Damaged("a compressed part declares an absurd length")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise Damaged("a compressed part does not decompress") from None

@@ -1,0 +1,187 @@
+"""Pins: which repositories this user has met at which location, so that another one put in their place is noticed.
+
+    <state folder>/pins/<hash of the location>.json    {"location": …, "accepted": [[repository id, encryption, hash]]}
+
+A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
+files are this user's alone, replaced whole and durably, and changed under a lock that all processes of the user share.
+
+Everything here blocks for a few milliseconds: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+from blake3 import blake3
+
+from coffret.engine.errors import CoffretError, RepositoryChanged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_MAX_FILE_BYTES = 1 << 20
+_ACCEPT = "if that is intended, accept it with --expect-id {}; otherwise do not trust this storage"
+
+
+class Pin(msgspec.Struct, frozen=True, array_like=True):
+    """A repository as it was accepted: id (hex), whether it is encrypted, hash of its config (hex)."""
+
+    repository_id: str
+    encrypted: bool
+    config_hash: str
+
+
+class _Location(msgspec.Struct):
+    """The content of a pins file."""
+
+    location: str
+    accepted: list[Pin]
+
+
+def state_folder() -> Path:
+    """The user's state folder for this program: $XDG_STATE_HOME/coffret, or ~/.local/state/coffret."""
+    from platformdirs import user_state_path  # 12 to 25 ms: not for those who only want the version
+
+    return user_state_path("coffret", appauthor=False)
+
+
+def check(
+    location: str,
+    repository_id: str,
+    encrypted: bool,
+    config_hash: bytes,
+    expect_id: str | None = None,
+    *,
+    pin: bool = True,
+    writing: bool = False,
+    folder: Path | None = None,
+) -> str:
+    """Compare the repository found at `location` with what was accepted there, and remember it at first use.
+
+    Without `pin` it is compared only: to be done before a passphrase is asked for, and once more with `pin` when the
+    passphrase has opened it, so that what does not open is not remembered. `folder` replaces the user's state folder.
+
+    Returns a note for the user, or "". Where nothing can be remembered, reading goes on; so does writing to a
+    repository with encryption, since its passphrase proves the config, or where `expect_id` does.
+
+    :raises RepositoryChanged: if it is not the one that was here, or not the one expected, or if data might be written
+        in clear where nothing can be remembered
+    :raises CoffretError: if the file that remembers is damaged
+    """
+    found = Pin(repository_id, encrypted, config_hash.hex())
+    if expect_id is not None and expect_id.strip().lower() != repository_id:
+        raise RepositoryChanged(
+            f"{location} holds repository {repository_id}, not the one expected, {expect_id.strip()}",
+            remedy="check the location; if the repository is the right one, expect its id",
+        )
+    try:
+        path = _path(location, folder)
+        if _decide(location, _read(path), found, expect_id) or not pin:
+            return ""
+        with _locked(path.parent):
+            # Decided anew: another process may have met another repository here meanwhile.
+            accepted = _read(path)
+            if not _decide(location, accepted, found, expect_id):
+                _write(path, _Location(location, [*accepted, found]))
+    except OSError as error:
+        note = f"this machine can't remember the repository to notice if another takes its place: {error}"
+        if writing and not encrypted and expect_id is None:
+            raise RepositoryChanged(
+                f"{note}; nothing is written in clear without certainty about that",
+                remedy=f"set XDG_STATE_HOME to a folder that can be written to, or say --expect-id {repository_id}",
+            ) from None
+        return note
+    return ""
+
+
+def remember(
+    location: str, repository_id: str, encrypted: bool, config_hash: bytes, *, folder: Path | None = None
+) -> str:
+    """Accept a repository that was just created at `location`, beside others met there; return a note, or "".
+
+    :raises CoffretError: if the file that remembers is damaged
+    """
+    return check(location, repository_id, encrypted, config_hash, repository_id, folder=folder)
+
+
+def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | None) -> bool:
+    """Whether this repository is known here; False if it is to be accepted now.
+
+    :raises RepositoryChanged: if it is neither
+    """
+    if found in accepted:
+        return True
+    if any(pin.repository_id == found.repository_id for pin in accepted):
+        raise RepositoryChanged(
+            f"the config of the repository at {location} is not the one it had when it was last used",
+            remedy="do not trust this storage; put back the config from a recovery file or an earlier copy",
+        )
+    if accepted and expect_id is None:
+        was = "an encrypted" if any(pin.encrypted for pin in accepted) else "a"
+        now = "an encrypted one" if found.encrypted else "one without encryption"
+        raise RepositoryChanged(
+            f"{location} had {was} repository, {accepted[-1].repository_id}; now it has another, {now}: "
+            f"{found.repository_id}",
+            remedy=_ACCEPT.format(found.repository_id),
+        )
+    return False
+
+
+def _path(location: str, folder: Path | None) -> Path:
+    name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
+    return (folder or state_folder()) / "pins" / f"{name}.json"
+
+
+def _read(path: Path) -> list[Pin]:
+    """What is accepted, oldest first; nothing if there is no file.
+
+    :raises CoffretError: if the file is damaged: to take that for a first use would accept anything
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES)
+    except FileNotFoundError:
+        return []
+    try:
+        accepted = msgspec.json.decode(data, type=_Location).accepted
+    except (msgspec.MsgspecError, RecursionError):
+        accepted = []
+    if not accepted:
+        raise CoffretError(
+            f"{path} is damaged; it says which repositories were used at this location",
+            remedy="check the repository's id, delete that file, and say --expect-id ID once",
+        )
+    return accepted
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads from changing pins."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, content: _Location) -> None:
+    """Replace a pins file, durably: whole or not at all. Call under the lock."""
+    fresh = path.with_suffix(".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(content) + b"\n")
+        file.flush()
+        os.fsync(descriptor)
+    fresh.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

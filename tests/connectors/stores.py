@@ -1,0 +1,110 @@
+"""What the conformance suite runs against: connectors, and raw access that goes around them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from coffret.connectors.local import LocalConnector
+from coffret.connectors.memory import MemoryConnector
+
+if TYPE_CHECKING:
+    from coffret.connectors.base import Connector
+
+_SHM = Path("/dev/shm")
+
+
+class Store(ABC):
+    """One storage under test. Raw calls neither check nor wait for the disk; `raw_set` replaces atomically."""
+
+    @abstractmethod
+    def connector(self) -> Connector:
+        """A connector to the storage; every call may give another."""
+
+    @abstractmethod
+    def raw_set(self, name: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def raw_get(self, name: str) -> bytes | None: ...
+
+    @abstractmethod
+    def raw_delete(self, name: str) -> None: ...
+
+    @abstractmethod
+    def raw_names(self) -> set[str]:
+        """Everything that is stored, whole or not."""
+
+    def remove(self) -> None:  # noqa: B027 - pytest removes its own folders
+        """Leave nothing behind."""
+
+
+class MemoryStore(Store):
+    """The memory connector, by its dict."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connector = MemoryConnector()
+        self._objects = self._connector._objects
+
+    def connector(self) -> Connector:
+        return self._connector
+
+    def raw_set(self, name: str, data: bytes) -> None:
+        self._objects.pop(name, None)  # so that it moves, as a replaced file may
+        self._objects[name] = (data, 0.0)
+
+    def raw_get(self, name: str) -> bytes | None:
+        return self._objects[name][0] if name in self._objects else None
+
+    def raw_delete(self, name: str) -> None:
+        del self._objects[name]
+
+    def raw_names(self) -> set[str]:
+        return set(self._objects)
+
+
+class LocalStore(Store):
+    """The local connector, in pytest's temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "repository"
+
+    def connector(self) -> Connector:
+        return LocalConnector(self.path)
+
+    def raw_set(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path / "new"
+        new.write_bytes(data)
+        new.rename(path)
+
+    def raw_get(self, name: str) -> bytes | None:
+        path = self.path / name
+        return path.read_bytes() if path.exists() else None
+
+    def raw_delete(self, name: str) -> None:
+        (self.path / name).unlink()
+
+    def raw_names(self) -> set[str]:
+        return {str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file()}
+
+
+class TmpfsStore(LocalStore):
+    """The local connector on a tmpfs, which moves replaced files about and has its own idea of direct writes."""
+
+    def __init__(self, folder: Path) -> None:
+        if not _SHM.is_dir():
+            pytest.skip("no tmpfs at /dev/shm")
+        super().__init__(Path(tempfile.mkdtemp(prefix="coffret-test-", dir=_SHM)))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path.parent)
+
+
+# A new connector joins the suite here.
+STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore]
