@@ -45,7 +45,8 @@ clean:
 
 # A link to an interpreter that has gone counts as missing, hence --clear.
 $(BIN)/python:
-	python='$(PYTHON)'; python=$${python:-$$(.ci/pythons newest)} && "$$python" -m venv --clear $(VENV)
+	@python='$(PYTHON)'; python=$${python:-$$(.ci/pythons newest)} && echo "$(VENV) is made with $$python" && \
+	    { "$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }; }
 
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	$(PIP_INSTALL) --editable .

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.measure import Command
+from bench.measure import Command, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +69,15 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     restore_from: str = "{target}"  # working directory of restore
     again: bool = True
+
+    def make(self, place: Place) -> None:
+        """Empty the place and make a repository in it.
+
+        :raises CommandFailed: if the program can't
+        """
+        place.make()
+        for template in self.create:
+            run(self.command(template, place), place.folder / "create.log", sample=False)
 
     def command(self, template: Arguments, place: Place, *, folder: str = "{home}", **values: object) -> Command:
         """Fill in a template of this contender's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.contenders import Contender, Place, version_of
+from bench.contenders import Place, version_of
 from bench.edits import VERSIONS, EditedTree
 from bench.measure import CommandFailed, run, stored_bytes
 from bench.results import Dedup
@@ -13,59 +13,78 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from bench.contenders import Contender
     from bench.results import Run
 
 
 def measure_dedup(
-    run_: Run, contenders: Sequence[Contender], folder: Path, seeds: Sequence[int], *,
-    scale: float = 1.0, sample: Path | None = None, versions: int = VERSIONS, tell: Callable[[str], None] = print,
-) -> list[Dedup]:  # fmt: skip
+    run_: Run,
+    contenders: Sequence[Contender],
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    scale: float = 1.0,
+    sample: Path | None = None,
+    versions: int = VERSIONS,
+    tell: Callable[[str], None] = print,
+) -> list[Dedup]:
     """Back up each version of each seed's tree with every contender; a line each."""
-    able = [contender for contender in contenders if contender.again]
-    lines = {
-        contender.name: Dedup(
-            run=run_, seeds=list(seeds), versions=versions, contender=contender.name, version=version_of(contender),
-            first_bytes=[], stored_bytes=[],
+    lines = [
+        Dedup(
+            run=run_,
+            seeds=list(seeds),
+            versions=versions,
+            contender=contender.name,
+            version=version_of(contender),
+            first_bytes=[],
+            stored_bytes=[],
         )
-        for contender in able
-    }  # fmt: skip
+        for contender in contenders
+    ]
     for seed in seeds:
-        tree = EditedTree(folder / "edited", seed, scale=scale, sample=sample)
-        places = {contender.name: Place(folder / contender.name) for contender in able}
-        alive = [contender for contender in able if _create(contender, places[contender.name], lines[contender.name])]
-        for serial in range(versions):
-            if serial:
-                tree.advance()
-            alive = [c for c in alive if _backup(c, places[c.name], tree.root, serial, lines[c.name])]
-        for contender in able:
-            line = lines[contender.name]
-            done = contender in alive
-            line.stored_bytes.append(stored_bytes(places[contender.name].repository) if done else None)
-            if len(line.first_bytes) < len(line.stored_bytes):
-                line.first_bytes.append(None)
-            places[contender.name].remove()
-            tell(f"  edits    seed {seed:<7} {contender.name:15} {(line.stored_bytes[-1] or 0) / 1e6:8.1f} MB stored")
-    return list(lines.values())
+        sizes = _one_seed(
+            contenders, lines, folder, EditedTree(folder / "edited", seed, scale=scale, sample=sample), versions
+        )
+        for contender, line, (first, last) in zip(contenders, lines, sizes, strict=True):
+            line.first_bytes.append(first)
+            line.stored_bytes.append(last)
+            tell(f"  edits    seed {seed:<7} {contender.name:15} {(last or 0) / 1e6:8.1f} MB stored")
+    return lines
 
 
-def _create(contender: Contender, place: Place, line: Dedup) -> bool:
-    place.make()
+def _one_seed(
+    contenders: Sequence[Contender], lines: Sequence[Dedup], folder: Path, tree: EditedTree, versions: int
+) -> list[tuple[int | None, int | None]]:
+    """Bytes stored after the first and after the last version, of each contender."""
+    places = [Place(folder / contender.name) for contender in contenders]
+    works = [_attempt(*job) for job in zip(contenders, places, lines, strict=True)]
+    first: list[int | None] = []
+    for serial in range(versions):
+        if serial:
+            tree.advance()
+        for number, job in enumerate(zip(contenders, places, lines, strict=True)):
+            works[number] = works[number] and _attempt(*job, tree.root, serial)
+        if serial == 0:
+            first = _sizes(places, works)
+    last = _sizes(places, works)
+    for place in places:
+        place.remove()
+    return list(zip(first, last, strict=True))
+
+
+def _sizes(places: Sequence[Place], works: Sequence[bool]) -> list[int | None]:
+    return [stored_bytes(place.repository) if good else None for place, good in zip(places, works, strict=True)]
+
+
+def _attempt(contender: Contender, place: Place, line: Dedup, source: Path | None = None, serial: int = 0) -> bool:
+    """Make the repository, or back up into it if there is a source; whether that worked."""
     try:
-        for template in contender.create:
-            run(contender.command(template, place), place.folder / "create.log", sample=False)
+        if source is None:
+            contender.make(place)
+        else:
+            command = contender.command(contender.backup, place, source=source, serial=serial)
+            run(command, place.folder / "backup.log", sample=False)
     except CommandFailed as error:
         line.faults.append(str(error))
         return False
-    return True
-
-
-def _backup(contender: Contender, place: Place, source: Path, serial: int, line: Dedup) -> bool:
-    command = contender.command(contender.backup, place, source=source, serial=serial)
-    try:
-        run(command, place.folder / "backup.log", sample=False)
-    except CommandFailed as error:
-        line.faults.append(str(error))
-        return False
-    if serial == 0:
-        line.first_bytes.append(stored_bytes(place.repository))
     return True

@@ -17,6 +17,8 @@ from bench.datasets import Dataset  # noqa: TC001 - msgspec resolves the annotat
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from bench.measure import Usage
+
 DEFAULT_FILE = Path(__file__).parent / "results.jsonl"
 
 
@@ -51,15 +53,27 @@ class Measurement(msgspec.Struct, tag="scenario", kw_only=True, omit_defaults=Tr
     version: str
     command: str
     wall_s: list[float | None]
+    cpu_s: list[float | None] = []
+    system_s: list[float | None] = []
     wall: Spread | None = None
-    cpu_s: Spread | None = None
-    system_s: Spread | None = None
     memory_bytes: int | None = None
     resident_bytes: int | None = None
     processes: int | None = None
     repository_bytes: int | None = None
     faults: list[str] = []
     summary: dict[str, Any] = {}
+
+    def add(self, usage: Usage | None) -> None:
+        """Take in one round: its times, or its peaks of memory if those were sampled; None says that it failed."""
+        if usage is not None and usage.memory is not None:
+            self.memory_bytes = max(usage.memory.asked, self.memory_bytes or 0)
+            self.resident_bytes = max(usage.memory.resident, self.resident_bytes or 0)
+            self.processes = max(usage.memory.processes, self.processes or 0)
+            return
+        self.wall_s.append(None if usage is None else usage.wall_s)
+        self.cpu_s.append(None if usage is None else usage.user_s + usage.system_s)
+        self.system_s.append(None if usage is None else usage.system_s)
+        self.wall = spread(self.wall_s)
 
 
 class Dedup(msgspec.Struct, tag="dedup", kw_only=True, omit_defaults=True):

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import enum
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.changes import one_percent, undo
 from bench.compare import differences
-from bench.contenders import Contender, Place, version_of
+from bench.contenders import Place, version_of
 from bench.measure import CommandFailed, Usage, drop_caches, run, stored_bytes, warm
-from bench.results import Measurement, spread
+from bench.results import Measurement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from bench.contenders import Arguments
+    from bench.contenders import Arguments, Contender
     from bench.datasets import Dataset
     from bench.results import Run
 
@@ -41,30 +42,29 @@ class Bench:
     """One run over one data set. `round` adds to `measurements`, which can be read at any time."""
 
     def __init__(
-        self, run_: Run, dataset: Dataset, contenders: Sequence[Contender], folder: Path,
-        scenarios: Sequence[Scenario], tell: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        run_: Run,
+        dataset: Dataset,
+        contenders: Sequence[Contender],
+        folder: Path,
+        scenarios: Sequence[Scenario],
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self._run = run_
         self._dataset = dataset
         self._contenders = contenders
         self._folder = folder
         self._scenarios = frozenset(scenarios)
         self._tell = tell
         self._sampled = False
-        self._usable: set[str] = set()
-        self._cpu_s: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        self._measurements: dict[tuple[str, str], Measurement] = {}
+        self._usable: set[str] = set()  # contenders whose repository has a backup
         self._versions = {contender.name: version_of(contender) for contender in contenders}
-        self._run = run_
+        self._lines: dict[tuple[str, str], Measurement] = {}
 
     @property
     def measurements(self) -> list[Measurement]:
         """What there is so far, a line for each scenario and contender."""
-        for key, measurement in self._measurements.items():
-            pairs = self._cpu_s.get(key, [])
-            measurement.wall = spread(measurement.wall_s)
-            measurement.cpu_s = spread(user + system for user, system in pairs)
-            measurement.system_s = spread(system for _, system in pairs)
-        return list(self._measurements.values())
+        return list(self._lines.values())
 
     def round(self, number: int, *, sampled: bool = False) -> None:
         """Take all contenders through all scenarios, once.
@@ -122,7 +122,7 @@ class Bench:
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir(parents=True)
                 warm(self._place(contender).repository)
-                self._measure(Scenario.RESTORE, contender, contender.restore, target=target)
+                self._measure(Scenario.RESTORE, contender, contender.restore, target)
                 if self._sampled:
                     self._compare(contender, target)
                 shutil.rmtree(target)
@@ -147,19 +147,17 @@ class Bench:
 
     def _create(self, contender: Contender, scenario: Scenario) -> bool:
         """Make an empty repository; whether that worked."""
-        place = self._place(contender)
-        place.make()
         try:
-            for template in contender.create:
-                run(contender.command(template, place), place.folder / "create.log", sample=False)
+            contender.make(self._place(contender))
         except CommandFailed as error:
             self._fail(scenario, contender, error)
             return False
         return True
 
     def _measure(
-        self, scenario: Scenario, contender: Contender, template: Arguments, *, target: Path | None = None, serial: int = 0
-    ) -> Usage | None:  # fmt: skip
+        self, scenario: Scenario, contender: Contender, template: Arguments, target: Path | None = None, serial: int = 0
+    ) -> Usage | None:
+        """Execute one command and add what it took to its line; None if it failed."""
         place, source = self._place(contender), self._dataset.path
         folder = contender.restore_from if target is not None else "{home}"
         command = contender.command(template, place, folder=folder, source=source, target=target, serial=serial)
@@ -169,17 +167,13 @@ class Bench:
             self._fail(scenario, contender, error)
             return None
         line = self._line(scenario, contender)
-        if usage.memory is not None:
-            line.memory_bytes = max(usage.memory.asked, line.memory_bytes or 0)
-            line.resident_bytes = max(usage.memory.resident, line.resident_bytes or 0)
-            line.processes = max(usage.memory.processes, line.processes or 0)
-        else:
-            line.wall_s.append(usage.wall_s)
-            self._cpu_s.setdefault((scenario, contender.name), []).append((usage.user_s, usage.system_s))
+        line.add(usage)
         line.summary = _summary(usage.output) or line.summary
-        took = f"{usage.wall_s:8.2f} s wall  {usage.user_s + usage.system_s:8.2f} s CPU"
-        peak = f"  {usage.memory.asked / 1e6:6.0f} MB (not timed)" if usage.memory is not None else ""
-        self._tell(f"  {self._dataset.name:8} {scenario:12} {contender.name:15} {took}{peak}")
+        if usage.memory is not None:
+            self._say(scenario, contender, f"{usage.memory.asked / 1e6:8.0f} MB (not timed)")
+        else:
+            cpu_s = usage.user_s + usage.system_s
+            self._say(scenario, contender, f"{usage.wall_s:8.2f} s wall  {cpu_s:8.2f} s CPU")
         return usage
 
     def _compare(self, contender: Contender, target: Path) -> None:
@@ -188,29 +182,34 @@ class Bench:
         whole = target / source.relative_to("/")
         found = differences(source, whole if whole.is_dir() else target)
         if found:
-            line = self._line(Scenario.RESTORE, contender)
-            line.faults.append(f"restored tree differs: {'; '.join(found)}")
-            self._tell(f"  {self._dataset.name:8} {Scenario.RESTORE:12} {contender.name:15} differs: {found[0]}")
+            self._line(Scenario.RESTORE, contender).faults.append(f"restored tree differs: {'; '.join(found)}")
+            self._say(Scenario.RESTORE, contender, f"differs: {found[0]}")
 
     def _fail(self, scenario: Scenario, contender: Contender, error: CommandFailed) -> None:
         line = self._line(scenario, contender)
         line.faults.append(str(error))
         if not self._sampled:
-            line.wall_s.append(None)
-        self._tell(f"  {self._dataset.name:8} {scenario:12} {contender.name:15} failed: {error}")
+            line.add(None)
+        self._say(scenario, contender, f"failed: {error}")
+
+    def _say(self, scenario: Scenario, contender: Contender, text: str) -> None:
+        self._tell(f"  {self._dataset.name:8} {scenario:12} {contender.name:15} {text}")
 
     def _line(self, scenario: Scenario, contender: Contender) -> Measurement:
         key = (str(scenario), contender.name)
-        if key not in self._measurements:
-            template = {Scenario.RESTORE: contender.restore, Scenario.CHECK: contender.check}.get(
-                scenario, contender.backup
+        if key not in self._lines:
+            others = {Scenario.RESTORE: contender.restore, Scenario.CHECK: contender.check}
+            arguments = (Path(contender.program).name, *others.get(scenario, contender.backup))
+            self._lines[key] = Measurement(
+                run=self._run,
+                dataset=self._dataset,
+                scenario=scenario,
+                contender=contender.name,
+                version=self._versions[contender.name],
+                command=shlex.join(arguments),
+                wall_s=[],
             )
-            self._measurements[key] = Measurement(
-                run=self._run, dataset=self._dataset, scenario=scenario, contender=contender.name,
-                version=self._versions[contender.name], wall_s=[],
-                command=" ".join((Path(contender.program).name, *template)),
-            )  # fmt: skip
-        return self._measurements[key]
+        return self._lines[key]
 
 
 def _summary(output: str) -> dict[str, Any]:

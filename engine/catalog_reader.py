@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from coffret.engine.catalog import directory_key, key_of, split_path
-from coffret.engine.catalog_walk import MAX_PAYLOAD_BYTES, LoadedPage, PageWalk, payload_length
+from coffret.engine.catalog import directory_key, split_path
+from coffret.engine.catalog_walk import LoadedPage, PageWalk, payload_length
 from coffret.engine.errors import Damaged
 from coffret.engine.records import REF_BYTES, Extra, decode_xattrs, refs_length
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     BlockingLoad = Callable[[Sequence[bytes]], list[bytes]]
 
 _LISTS_AHEAD = 16
+# Sixteen million extents; what is far smaller is kept in the entry.
+_MAX_ATTRIBUTE_BYTES = 256 << 20
 _EXTENT = struct.Struct("<QQ")
 _NO_EXTRA = Extra()
 _name = attrgetter("name")
@@ -76,13 +78,12 @@ class Catalog:
                 return section.entries[at]
         return None
 
-    async def listing(self, path: bytes) -> AsyncIterator[Entry]:
-        """Iterate over the entries of a directory by name; there are none if it is no directory, or absent."""
+    async def listing(self, path: bytes) -> AsyncIterator[list[Entry]]:
+        """Iterate over the entries of a directory by name, a page's worth each; none if it is no directory."""
         key = directory_key(path)
         async for section in self._sections((key, b""), (key + b"\0", b"")):
-            for entry in section.entries:
-                if entry.name:
-                    yield entry
+            if entries := _named(section):
+                yield entries
 
     async def walk(self, path: bytes = b"", *, reverse: bool = False) -> AsyncIterator[tuple[bytes, list[Entry]]]:
         """Iterate over (directory, entries): first a path's own entry alone, then what lies below, a page's worth each.
@@ -100,8 +101,7 @@ class Catalog:
         if stat.S_ISDIR(own.mode):
             key = directory_key(path)
             async for section in self._sections((key, b""), (key + b"\1", b"") if key else None, reverse=reverse):
-                entries = section.entries if section.entries[0].name else section.entries[1:]
-                if entries:
+                if entries := _named(section):
                     yield section.directory, entries[::-1] if reverse else entries
         if reverse:
             yield split_path(path)[0], [own]
@@ -123,7 +123,7 @@ class Catalog:
         if total != entry.size and not (extra.extents or extra.extents_ref):
             raise Damaged(f"the chunks of {entry.name!r} are fewer than a file of its size has")
 
-    async def resolve(self, entry: Entry) -> Attributes:
+    async def attributes(self, entry: Entry) -> Attributes:
         """An entry's xattrs and extents, wherever they are kept.
 
         :raises Damaged: also if extents overlap or lie outside the file, or an xattr has an impossible name
@@ -132,7 +132,7 @@ class Catalog:
         if extra is None:
             return Attributes([], b"")
         refs = [ref for ref in (extra.xattrs_ref, extra.extents_ref) if ref]
-        lengths = [payload_length(ref) for ref in refs]
+        lengths = [payload_length(ref, _MAX_ATTRIBUTE_BYTES) for ref in refs]
         payloads = await self._load(refs) if refs else []
         if lengths != [len(payload) for payload in payloads]:
             raise Damaged(f"attributes of {entry.name!r} have another length than their ref says")
@@ -169,6 +169,11 @@ class Catalog:
                     yield piece
 
 
+def _named(section: Section) -> list[Entry]:
+    """The entries but the root directory's own."""
+    return section.entries if section.entries[0].name else section.entries[1:]
+
+
 def _decode_xattrs(payload: bytes) -> list[tuple[bytes, bytes]]:
     try:
         return decode_xattrs(payload)
@@ -200,7 +205,8 @@ class Run:
 class ParentCursor:
     """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread.
 
-    Directories are sought in the catalog's order; pages between them are not read.
+    Directories are sought in the catalog's order; pages between them are not read. Every method, and what it returns,
+    raises Damaged if what is read is not well-formed.
     """
 
     def __init__(self, root: bytes, depth: int, load: BlockingLoad) -> None:
@@ -209,10 +215,14 @@ class ParentCursor:
         self._page: LoadedPage | None = None
         # Of the current page: the next section, and where it begins.
         self._section = self._first = 0
-        self._sought = b""
+        self._sought, self._seeks = b"", 0
+
+    def root(self) -> tuple[Entry, LoadedPage, int] | None:
+        """The root directory's own entry, as `Listing.get` returns it; to be asked for before anything is sought."""
+        return self.seek(b"").get(b"")
 
     def seek(self, directory: bytes) -> Listing:
-        """The parent's entries of a directory, read as they are asked for; the directory before is left behind.
+        """The parent's entries of a directory, read as they are asked for. The listing sought before is at its end.
 
         :raises ValueError: if the directory comes before the one sought last
         """
@@ -220,10 +230,11 @@ class ParentCursor:
         if key < self._sought:
             raise ValueError(f"{directory!r} is sought after {self._sought!r}")
         self._sought = key
-        return Listing(self._runs(key))
+        self._seeks += 1
+        return Listing(self._runs(key, self._seeks))
 
-    def _runs(self, key: bytes) -> Iterator[Run]:
-        while self._sought == key and (self._page is not None or self._turn(key)):
+    def _runs(self, key: bytes, seek: int) -> Iterator[Run]:
+        while seek == self._seeks and (self._page is not None or self._turn(key)):
             page = self._page
             assert page is not None
             if self._section == len(page.sections):
@@ -235,17 +246,16 @@ class ParentCursor:
                 return
             if found == key:
                 yield Run(page, section.entries, self._first)
-                if self._page is not page or self._sought != key:
+                if seek != self._seeks:
                     return
             self._section += 1
             self._first += len(section.entries)
 
     def _turn(self, key: bytes) -> bool:
         """Go to the next page that may hold entries of a directory; False if there is none."""
-        walk = self._walk
-        begin, end = (key, b""), (key + b"\0", b"")
+        walk, begin = self._walk, (key, b"")
         following = walk.next_key()
-        if following is None or following >= end:
+        if following is None or following[0] > key:
             return False
         walk.skip_to(begin)
         while refs := walk.wanted():

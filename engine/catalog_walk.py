@@ -30,10 +30,9 @@ _Record = TypeVar("_Record")
 # them. Nodes, each of which stands for dozens of pages, are asked for in smaller numbers.
 _AHEAD_FIRST, _AHEAD_MOST, _AHEAD_NODES, _AHEAD_BYTES = 4, 32, 8, 4 << 20
 # Far above what a page or a node weighs; a hostile one decodes to at most ten times as much.
-MAX_PAYLOAD_BYTES = 16 << 20
-_Bounded = msgspec.Meta(max_length=1 << 16)
-_decode_sections = msgspec.msgpack.Decoder(Annotated[list[Section], _Bounded]).decode
-_decode_refs = msgspec.msgpack.Decoder(Annotated[list[PageRef], _Bounded]).decode
+_MAX_PAYLOAD_BYTES = 16 << 20
+_decode_sections = msgspec.msgpack.Decoder(Annotated[list[Section], msgspec.Meta(max_length=1 << 14)]).decode
+_decode_refs = msgspec.msgpack.Decoder(Annotated[list[PageRef], msgspec.Meta(max_length=1 << 12)]).decode
 _FORBIDDEN = frozenset((b"", b".", b".."))
 _NOT_ROOT = frozenset((b".", b".."))
 # Stands for the sums of the root, which no node tells.
@@ -79,7 +78,8 @@ class PageWalk:
             return []
         for height, queue in enumerate(self._queues):
             if queue:
-                refs, size_bytes = [], 0
+                refs: list[bytes] = []
+                size_bytes = 0
                 limit = self._ahead if height == 1 else max(1, self._ahead // _AHEAD_NODES)
                 for _, page, _ in queue:
                     size_bytes += refs_length(page.ref)
@@ -146,15 +146,15 @@ class PageWalk:
         return found[::-1] if self._reverse else found
 
 
-def payload_length(ref: bytes) -> int:
+def payload_length(ref: bytes, limit_bytes: int = _MAX_PAYLOAD_BYTES) -> int:
     """Length in bytes of what packed refs name.
 
-    :raises Damaged: if they are none, or more than any page, node or list is
+    :raises Damaged: if they are none, or it is more than any page, node or list has
     """
     if not ref or len(ref) % REF_BYTES:
         raise Damaged("a catalog ref is cut short")
     length = refs_length(ref)
-    if length > MAX_PAYLOAD_BYTES:
+    if length > limit_bytes:
         raise Damaged("a part of a catalog claims an absurd length")
     return length
 

@@ -34,6 +34,7 @@ BLAKE3_256 = "blake3-256"
 MAX_CONFIG_BYTES = 16 << 10
 # A pack must hold two of the largest blocks; a buffer of this size is taken several times over.
 MIN_PACK_BYTES, MAX_PACK_BYTES = 2 * BLOCK_BYTES, 256 * MIB
+_START = b'{"version":'
 _NONCE_DIGITS = ID_BYTES
 _CONTEXT = "coffret 2026 repository id of a config"
 _REMEDY = (
@@ -105,9 +106,9 @@ def parse_config(data: bytes) -> Config:
         version = msgspec.json.decode(data, type=_Head).version
         if version == FORMAT_VERSION:
             config = msgspec.json.decode(data, type=Config, strict=True)
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):  # msgspec's errors, and those of Python's that it lets through
         # Two marks, far apart, so that no single damage makes a repository look like something else.
-        if data and not data.startswith(b'{"version":') and b'"repository_id":' not in data:
+        if not _START.startswith(data[: len(_START)]) and b'"repository_id":' not in data:
             raise NoRepository("what stands there has a `config` that is not coffret's") from None
         raise Damaged("the repository's config is cut short or altered", remedy=_REMEDY) from None
     if version != FORMAT_VERSION:

@@ -145,6 +145,6 @@ def _parse_removal(data: bytes) -> frozenset[str] | None:
     """The slots a removal names, or None if it is not what was put there."""
     try:
         removal = msgspec.json.decode(data, type=Removal, strict=True)
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return frozenset(removal.removed) if removal.checksum == _checksum(removal) else None

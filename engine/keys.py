@@ -148,7 +148,7 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
         if version != FORMAT_VERSION:
             raise UnsupportedVersion(f"key slot {slot_id[:8]} has format version {version}")
         slot = msgspec.json.decode(data, type=Slot, strict=True)
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):
         raise Damaged(f"key slot {slot_id[:8]} is no key slot") from None
     if slot.kdf != KDF:
         raise UnsupportedVersion(f"key slot {slot_id[:8]} uses {slot.kdf!r}, which this version does not know")

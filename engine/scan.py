@@ -262,7 +262,8 @@ class Scanner:
         real = b"/" + directory + b"/" if directory else b"/"
         opening = section_weight(directory)
         old = self._parent.seek(directory) if self._parent else {}
-        entries: list[Entry | None] = []
+        # The root directory's own entry stands before its listing, in one section.
+        entries: list[Entry | None] = [] if directory else page.sections[-1][1]
         deeper: list[tuple[bytes, FilterScope | None, int]] = []
         for item in found:
             name = item.name

@@ -87,7 +87,8 @@ def check(
             # Decided anew: another process may have met another repository here meanwhile.
             accepted = _read(path)
             if not _decide(location, accepted, found, expect_id):
-                _write(path, _Location(location, [*accepted, found]))
+                shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+                _write(path, _Location(shown, [*accepted, found]))
     except OSError as error:
         note = f"this machine can't remember the repository to notice if another takes its place: {error}"
         if writing and not encrypted and expect_id is None:
@@ -149,7 +150,7 @@ def _read(path: Path) -> list[Pin]:
         return []
     try:
         accepted = msgspec.json.decode(data, type=_Location).accepted
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):
         accepted = []
     if not accepted:
         raise CoffretError(

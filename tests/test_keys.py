@@ -13,7 +13,7 @@ import pytest
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coffret.engine import keys
@@ -194,6 +194,7 @@ class TestSlot:
         assert raw["endorsement"] == blake3(unendorsed, key=key).digest()
         assert blake3(GOLDEN_SLOT).hexdigest() == GOLDEN_SLOT_ID
 
+    @settings(max_examples=30)
     @given(st.binary(min_size=1, max_size=100), st.text(max_size=300))
     def test_round_trip(self, passphrase: bytes, label: str) -> None:
         secrets = new_secrets(encrypted=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio.from_thread
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -46,7 +46,7 @@ class MirrorMachine(RuleBasedStateMachine):
         self.stack = ExitStack()
         self.stack.enter_context(small_runs())
         self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.portal = self.stack.enter_context(anyio.from_thread.start_blocking_portal())
+        self.run = self.stack.enter_context(asyncio.Runner()).run
         self.listed: dict[str, IndexObject] = {}
         self.ever: dict[str, IndexObject] = {}
         self.settled: set[str] = {attempt_of(name(OWN + n)) for n in (0, 1)}
@@ -54,7 +54,7 @@ class MirrorMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.processes = [Process(self.portal.call(Mirror.open, self.folder, REPOSITORY)) for _ in (0, 1)]
+        self.processes = [Process(self.run(Mirror.open(self.folder, REPOSITORY))) for _ in (0, 1)]
 
     def teardown(self) -> None:
         self.stack.close()
@@ -94,7 +94,7 @@ class MirrorMachine(RuleBasedStateMachine):
             )
             await process.mirror.merge([(held, self.listed[held]) for held in wanted])
 
-        self.portal.call(bring_up_to_date)
+        self.run(bring_up_to_date())
         assert set(process.mirror.objects) == {held for held in self.listed if attempt_of(held) not in self.revoked}
         process.overtaken, process.complete = False, True
         if before - {path.name for path in files(self.folder, "*.run")}:
@@ -104,21 +104,23 @@ class MirrorMachine(RuleBasedStateMachine):
     def merge_own(self, number: int, content: dict[str, list[int]]) -> None:
         process = self.processes[number]
         held, made = self.put(OWN + number, content)
-        self.portal.call(process.mirror.merge, [(held, made)])
+        self.run(process.mirror.merge([(held, made)]))
         process.settled.add(attempt_of(held)) if process.complete and not process.overtaken else None
         process.complete &= not process.overtaken
         assert held in process.mirror.objects
 
     @rule(number=which)
     def reopen(self, number: int) -> None:
-        self.portal.call(self.processes[number].mirror.close)
-        self.processes[number] = Process(self.portal.call(Mirror.open, self.folder, REPOSITORY))
+        self.run(self.processes[number].mirror.close())
+        self.processes[number] = Process(self.run(Mirror.open(self.folder, REPOSITORY)))
 
-    @rule(data=st.data(), kept=st.floats(0, 1), removed=st.booleans())
-    def damage(self, data: st.DataObject, kept: float, removed: bool) -> None:
-        found = [path for path in files(self.folder) if path.name != "lock"]
+    @rule(which_file=st.integers(0, 5), kept=st.floats(0, 1), removed=st.booleans())
+    def damage(self, which_file: int, kept: float, removed: bool) -> None:
+        found = sorted(
+            (path for path in files(self.folder) if path.name != "lock"), key=lambda path: path.stat().st_size
+        )
         if found:
-            path = data.draw(st.sampled_from(found))
+            path = found[which_file % len(found)]
             whole = path.read_bytes()
             path.unlink()  # others have it mapped: a file under a map must not become shorter
             if not removed:
@@ -130,8 +132,8 @@ class MirrorMachine(RuleBasedStateMachine):
         process = self.processes[number]
         avoid = frozenset(table(pack, []).pack for pack in marked)
         ids = [chunk(n) for n in range(CHUNKS)]
-        sifted = self.portal.call(lambda: process.mirror.sift(ids, marked=avoid))
-        located = self.portal.call(lambda: process.mirror.locate(ids, avoid=avoid))
+        sifted = self.run(process.mirror.sift(ids, marked=avoid))
+        located = self.run(process.mirror.locate(ids, avoid=avoid))
         seen = {held: self.ever[held] for held in process.mirror.objects}
         anywhere = expected(seen)
         sure = expected({held: made for held, made in seen.items() if attempt_of(held) in process.settled})
