@@ -44,17 +44,11 @@ _KEY = bytes(range(32))
 
 
 def measure_primitives(run: Run, dataset: Dataset, folder: Path) -> Primitives:
-    """Measure all primitives on one core; `folder` is where files may be made."""
-    affinity = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(affinity)})
-    try:
-        paths = _sample_paths(dataset)
-        blocks = _sample_blocks(paths)
-        speeds, stored_share, packed_share = _speeds(blocks, paths)
-        costs = _costs(dataset, paths, folder)
-    finally:
-        os.sched_setaffinity(0, affinity)
-    bounds = _bounds(dataset, speeds, costs, (stored_share, packed_share), len(affinity))
+    """Measure all primitives by the CPU time of one thread; `folder` is where files may be made."""
+    paths = _sample_paths(dataset)
+    speeds, stored_share, packed_share = _speeds(_sample_blocks(paths), paths)
+    costs = _costs(dataset, paths, folder)
+    bounds = _bounds(dataset, speeds, costs, (stored_share, packed_share), len(os.sched_getaffinity(0)))
     return Primitives(
         run=run,
         dataset=dataset,

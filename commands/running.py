@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
+_SWITCH_S = 0.0005
 
 
 class Session:
@@ -91,6 +92,9 @@ class Session:
                 group.cancel_scope.cancel()
             return code
 
+        # A loop that shares the interpreter with scanning and sealing threads must get it back quickly: with the
+        # default of 5 ms each wake-up waits that long while a thread runs.
+        sys.setswitchinterval(_SWITCH_S)
         try:
             code = anyio.run(guarded)
         except BaseException as error:
@@ -105,6 +109,9 @@ class Session:
 
     def _report(self, error: BaseException) -> int:
         known = reported(error)
+        if isinstance(first_of(error), BrokenPipeError):  # the reader of our output is gone: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
         if known is None:
             if os.environ.get("COFFRET_TRACEBACK"):
                 traceback.print_exception(error)
@@ -148,9 +155,6 @@ def invoke(command: click.Command, name: str, arguments: list[str], globals_: Gl
     except CoffretError as error:
         session.display.error(error)
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output is gone; nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
 
 
 def ask(prompt: str) -> bytes:
@@ -161,7 +165,7 @@ def ask(prompt: str) -> bytes:
         raise WrongPassphrase("no passphrase was given") from None
 
 
-def new_passphrase(*, prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE") -> bytes:
+def new_passphrase(prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE") -> bytes:
     """A passphrase for something new: from the environment, or asked for twice on a terminal.
 
     :raises UsageError: if there is none, or the two differ

@@ -19,6 +19,7 @@ from coffret.connectors.errors import AlreadyExists, NotFound
 from coffret.connectors.registry import open_connector
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
+from coffret.engine.keyring import put_slot, read_keyring
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
@@ -57,13 +58,23 @@ class Repository:
     """An open repository. Made by `open_repository`; its methods may run concurrently."""
 
     def __init__(
-        self, connector: Connector, config: Config, secrets: Secrets, mirror: Mirror, options: OpenOptions, notes: list[str]
+        self,
+        connector: Connector,
+        config_data: bytes,
+        secrets: Secrets,
+        mirror: Mirror,
+        *,
+        slot_id: str,
+        options: OpenOptions,
+        notes: list[str],
     ) -> None:
-        self.connector, self.config, self.secrets, self.mirror = connector, config, secrets, mirror
+        self.connector, self.secrets, self.mirror = connector, secrets, mirror
+        #: The config, as stored and as read; and the key slot that opened it, "" without encryption.
+        self.config_data, self.config, self.slot_id = config_data, configuration.parse_config(config_data), slot_id
         self.options = options
         #: Remarks for the user that came up while opening.
         self.notes = notes
-        self.id_bytes = bytes.fromhex(config.repository_id)
+        self.id_bytes = bytes.fromhex(self.config.repository_id)
         self.sealer = Sealer(secrets, self.id_bytes)
         self._commits: Commits | None = None
 
@@ -194,7 +205,7 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
             slot_id, slot = await to_thread.run_sync(
                 lambda: keys.wrap(secrets, passphrase, configuration.config_hash(data), label=label)
             )
-            await connector.put(f"keys/{slot_id}", [slot], if_absent=True)
+            await put_slot(connector, slot_id, slot)
         try:
             # Last: with its config the repository exists.
             await connector.put(CONFIG, [data], if_absent=True)
@@ -253,14 +264,15 @@ async def open_repository(
         digest = configuration.config_hash(data)
         known = (connector.location, config.repository_id, config.encrypted, digest, options.expect_id)
         state.check(*known, pin=False, folder=options.state_dir)
-        secrets = await _unlock(connector, config, digest, passphrase)
+        slot_id, secrets = await _unlock(connector, config, digest, passphrase)
         note = state.check(*known, folder=options.state_dir)
         folder = None
         if options.use_cache:
             folder = mirror_folder(_cache_folder(options), config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
         try:
-            yield Repository(connector, config, secrets, mirror, options, [note] if note else [])
+            notes = [text for text in (note, mirror.why_private if options.use_cache else "") if text]
+            yield Repository(connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes)
         finally:
             with anyio.CancelScope(shield=True):
                 await mirror.close()
@@ -272,9 +284,16 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 
     :raises NoRepository: if there is no repository
     """
+    async with bare_storage(url, options) as connector:
+        configuration.parse_config(await _config(connector, url))
+        yield connector
+
+
+@asynccontextmanager
+async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
+    """The storage at a location, whatever is there: for putting back what a repository lost."""
     options = options or OpenOptions()
     async with open_connector(url, options.connector) as connector:
-        configuration.parse_config(await _config(connector, url))
         yield connector
 
 
@@ -287,23 +306,14 @@ async def _config(connector: Connector, url: str) -> bytes:
 
 async def _unlock(
     connector: Connector, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
-) -> Secrets:
+) -> tuple[str, Secrets]:
     if not config.encrypted:
-        return configuration.clear_secrets(config)
-    slots = await load_slots(connector)
+        return "", configuration.clear_secrets(config)
+    slots = (await read_keyring(connector)).live
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    _, secrets = await to_thread.run_sync(keys.unlock, slots, given, digest)
-    return secrets
-
-
-async def load_slots(connector: Connector) -> dict[str, bytes]:
-    """The key slots, by id."""
-    slots = {}
-    async for info in connector.list("keys/"):
-        slots[info.name.partition("/")[2]] = await connector.get(info.name)
-    return slots
+    return await to_thread.run_sync(keys.unlock, slots, given, digest)
 
 
 def _cache_folder(options: OpenOptions) -> Path:

@@ -141,7 +141,8 @@ def test_pages_that_names_do_not_cut_are_cut_by_their_limits() -> None:
     assert len(large) > len(pages)
     deep = list(cut(cutter, [(b"d" * 100_000 + name, node(b"n")) for name in names[:100]]))
     for sections, _ in (*large, *deep):
-        assert len(encode(sections)) <= PAGE_MAX_WEIGHT
+        # The path of one directory more: its weight is known when its first entry is in.
+        assert len(encode(sections)) <= PAGE_MAX_WEIGHT + len(sections[-1].directory)
 
 
 @given(
@@ -299,9 +300,9 @@ def test_a_file_of_one_chunk_repeated(wanted: bool) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 49_999), st.booleans())
+@given(st.integers(0, 19_999), st.booleans())
 def test_an_edit_changes_the_lists_around_it_only(position: int, remove: bool) -> None:
-    refs = [chunk(number) for number in range(50_000)]
+    refs = [chunk(number) for number in range(20_000)]
     chunks = Chunks()
     listed(chunks, refs)
     before = set(chunks.stored)
@@ -310,7 +311,7 @@ def test_an_edit_changes_the_lists_around_it_only(position: int, remove: bool) -
     else:
         refs.insert(position, chunk(-1))
     listed(chunks, refs)
-    assert len(before) > 150
+    assert len(before) > 50
     assert len(set(chunks.stored) - before) <= 8
 
 
