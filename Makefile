@@ -36,7 +36,8 @@ types: $(VENV)/.installed-lint
 	$(BIN)/mypy tests bench
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_gear.c engine/_gear.*.so

@@ -34,6 +34,8 @@ _LISTS_AHEAD = 16
 # Sixteen million extents; what is far smaller is kept in the entry.
 _MAX_ATTRIBUTE_BYTES = 256 << 20
 _EXTENT = struct.Struct("<QQ")
+# A file that is one hole has one extent of no length: no extents at all mean a file without holes.
+_NO_DATA = bytes(_EXTENT.size)
 _NO_EXTRA = Extra()
 _name = attrgetter("name")
 
@@ -70,6 +72,8 @@ class Catalog:
 
     async def find(self, path: bytes) -> Entry | None:
         """The entry of a path, in as many requests as the catalog is deep."""
+        if path.startswith(b"/"):
+            return None
         directory, name = split_path(path)
         key = directory_key(directory)
         async for section in self._sections((key, name), (key, name + b"\0")):
@@ -182,6 +186,8 @@ def _decode_xattrs(payload: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _check_extents(entry: Entry, extents: bytes) -> None:
+    if extents == _NO_DATA:
+        return
     if len(extents) % _EXTENT.size:
         raise Damaged(f"the extents of {entry.name!r} are cut short")
     end = 0
@@ -222,7 +228,7 @@ class ParentCursor:
         return self.seek(b"").get(b"")
 
     def seek(self, directory: bytes) -> Listing:
-        """The parent's entries of a directory, read as they are asked for. The listing sought before is at its end.
+        """The parent's entries of a directory, read as they are asked for; the listing sought before reads no further.
 
         :raises ValueError: if the directory comes before the one sought last
         """

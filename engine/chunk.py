@@ -66,14 +66,19 @@ class Chunking:
         await self._pool.submit(Job("batch", [read.path for read in reads], deliver))
 
     async def _batch_done(self, reads: list[Read], slab: Slab, results: list[Any]) -> None:
-        refs = []
+        refs, complete = [], []
         for read, result in zip(reads, results, strict=True):
             if result is None:  # it has grown beyond the slab: read it as a stream
                 self._pool.submit_nowait(self._stream(read))
                 continue
             if not isinstance(result, str):
                 refs.append(result[3])
-            await self._fill(read, result)
+                self._progress.read_bytes += result[0][3]
+            if self._fill(read, result):
+                complete.append(read.page)
+        await self._send_meta()
+        for page in complete:
+            await self._pages.send(page)
         joined = b"".join(refs)
         if joined:
             await self._runs.send(Run(slab.view[: refs_length(joined)], joined, slab))
@@ -95,33 +100,34 @@ class Chunking:
                 else:
                     slab.release()
                 await self._send_meta()
-            else:
-                await self._fill(read, message[0], chunks)
+            elif self._fill(read, message[0], chunks):
+                await self._send_meta()
+                await self._pages.send(read.page)
 
         return Job("file", [read.path], deliver)
 
-    async def _fill(self, read: Read, result: Any, chunks: RefList | None = None) -> None:
-        """Put a file's entry in its place, or report why there is none."""
+    def _fill(self, read: Read, result: Any, chunks: RefList | None = None) -> bool:
+        """Put a file's entry in its place, or report why there is none; tell whether that completed its page."""
         page = read.page
         if isinstance(result, str):
             self._fault(read.path, result)
         else:
             fields, read_ns, _, content, extents, xattrs, note = result
-            depth = 0
+            extra = None
             if chunks is not None:
                 content, depth = chunks.finish()
-            else:
-                self._progress.read_bytes += fields[3]
-            extra = make_extra(
-                self._meta.store, nlink=fields[8], depth=depth, xattrs=xattrs, extents=extents
-            )
+                extra = make_extra(self._meta.store, nlink=fields[8], depth=depth, xattrs=xattrs, extents=extents)
+            elif xattrs or extents or fields[8] > 1:
+                extra = make_extra(self._meta.store, nlink=fields[8], xattrs=xattrs, extents=extents)
             read.entries[read.index] = make_entry(read.name, fields, read_ns, content=content, extra=extra)
             if note:
                 self._fault(read.path, note)
         page.missing -= 1
-        if not page.missing:
-            await self._send_meta()
-            await self._pages.send(page)
+        if page.missing:
+            return False
+        # The reads point back to the page: without this only the garbage collector would find them.
+        page.reads.clear()
+        return True
 
     async def _send_meta(self) -> None:
         for run in self._meta.runs():

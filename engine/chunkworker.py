@@ -14,6 +14,7 @@ Nothing waits for a slab while it holds one: the tail of a large file is kept in
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -149,19 +150,18 @@ class Worker:
         """Read many files into one slab, back to back; one that no longer fits is for the parent to ask for anew."""
         number, view = self._slab()
         results: list[str | Result | None] = []
-        at = 0
+        at, read_ns = 0, time_ns()
         for path in paths:
             try:
-                result, at = self._small(path, view, at)
+                result, at = self._small(path, view, at, read_ns)
                 results.append(result)
             except OSError as error:
                 results.append(error.strerror or str(error))
         self._send(("batch", job, number, results))
 
-    def _small(self, path: bytes, view: memoryview, at: int) -> tuple[str | Result | None, int]:
+    def _small(self, path: bytes, view: memoryview, at: int, read_ns: int) -> tuple[str | Result | None, int]:
         fd = open_source(path)
         try:
-            read_ns = time_ns()
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):
                 return "is no regular file any more", at
@@ -342,6 +342,7 @@ def mostly_cached(fd: int, size: int) -> bool:
 def main() -> None:
     """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # nothing here is cyclic
     try:
         Worker(*map(int, sys.argv[1:6])).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coffret.engine.records import ID_BYTES, REF_BYTES
+from coffret.engine.records import iter_refs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,7 @@ class KnownChunks:
 
     async def claim(self, refs: bytes) -> list[bool]:
         """For each chunk of packed refs: whether the caller has to store it."""
-        ids = [refs[at : at + ID_BYTES] for at in range(0, len(refs), REF_BYTES)]
+        ids = [chunk_id for chunk_id, _ in iter_refs(refs)]
         claimed, fresh = self._claimed, []
         for chunk_id in ids:
             fresh.append(chunk_id not in claimed)

@@ -158,9 +158,10 @@ def fold(folder: Path, runs: Sequence[Run], live: Callable[[Span], bool]) -> Gen
     )
     total = sum(span.rows for span, _, _ in kept)
     bits = min(_MIN_BITS, (total // _PIECE_ROWS).bit_length())
-    sources = [_Source(folder, run, live) for run in runs]
     writer = RunWriter(folder, total)
+    sources: list[_Source] = []
     try:
+        sources += (_Source(folder, run, live) for run in runs)
         for piece in range(1 << bits):
             rows: list[bytes] = []
             for source in sources:
@@ -183,7 +184,10 @@ class _Source:
 
     def __init__(self, folder: Path, run: Run, live: Callable[[Span], bool]) -> None:
         self._run = run
-        self._fd = os.open(folder / run.info.file_name, os.O_RDONLY)
+        try:
+            self._fd = os.open(folder / run.info.file_name, os.O_RDONLY)
+        except FileNotFoundError:
+            raise BadRun(f"{run.info.file_name} is missing") from None
         self._firsts = [span.first for span in run.info.spans]
         self._live = [live(span) for span in run.info.spans]
         self._all_live = all(self._live)

@@ -65,6 +65,13 @@ class RunInfo(msgspec.Struct, array_like=True, frozen=True):
         """The run's file in the mirror's folder."""
         return f"{self.token.hex()}.run"
 
+    def lies_in(self, folder: Path) -> bool:
+        """Whether the file is (still) there, with its size."""
+        try:
+            return (folder / self.file_name).stat().st_size == self.size_bytes
+        except FileNotFoundError:
+            return False
+
 
 # What is looked for in a run: the first 32 bits of the id, the id, and a number of the caller's.
 Sought = tuple[int, bytes, int]

@@ -88,7 +88,7 @@ class Store:
             manifest = self._parse(data)
             bad = []
             for info in manifest.runs:
-                if info.token not in self._runs:
+                if info.token not in self._runs or not info.lies_in(self.folder):
                     try:
                         self._runs[info.token] = Run(self.folder, info)
                     except BadRun:
@@ -97,6 +97,7 @@ class Store:
             if not bad or self._read() == data:
                 break
         for info in bad:
+            self._runs.pop(info.token, None)
             _forget_run(manifest, info)
         named = {info.token for info in manifest.runs}
         self._runs = {token: run for token, run in self._runs.items() if token in named}

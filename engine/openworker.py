@@ -14,6 +14,7 @@ stored ranges into slabs; everything that costs CPU happens here. Every chunk id
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import signal
@@ -396,6 +397,7 @@ def write_extents(fd: int, data: list[memoryview], extents: bytes) -> None:
 def main() -> None:
     """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # nothing here is cyclic
     try:
         OpenWorker(*map(int, sys.argv[1:6])).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -10,12 +10,15 @@ import contextlib
 import os
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Descriptors kept of a path's last directories: a tree may be deeper than a process may have files open.
+_KEPT = 64
 
 
 class Places:
     """The directory below `root` (a descriptor) that is being written to. Neighbours cost few system calls."""
 
     def __init__(self, root: int) -> None:
+        # (name, descriptor), -1 where it was closed to make room for deeper ones.
         self._stack: list[tuple[bytes, int]] = [(b"", root)]
 
     def enter(self, directory: bytes) -> int:
@@ -28,8 +31,10 @@ class Places:
         depth = 0
         while depth < len(parts) and depth + 1 < len(stack) and stack[depth + 1][0] == parts[depth]:
             depth += 1
-        while len(stack) > depth + 1:
-            os.close(stack.pop()[1])
+        self._leave(depth)
+        while stack[depth][1] < 0:  # walk again from where there is a descriptor, at worst from the root
+            stack.pop()
+            depth -= 1
         for part in parts[depth:]:
             parent = stack[-1][1]
             try:
@@ -39,9 +44,19 @@ class Places:
                     os.mkdir(part, 0o700, dir_fd=parent)
                 fd = os.open(part, _DIRECTORY, dir_fd=parent)
             stack.append((part, fd))
+            if (spare := len(stack) - 1 - _KEPT) > 0:
+                name, old = stack[spare]
+                stack[spare] = (name, -1)
+                os.close(old)
         return stack[-1][1]
 
     def close(self) -> None:
         """Close what was opened; the root stays open."""
-        while len(self._stack) > 1:
-            os.close(self._stack.pop()[1])
+        self._leave(0)
+
+    def _leave(self, depth: int) -> None:
+        """Forget the directories below a depth."""
+        while len(self._stack) > depth + 1:
+            _, fd = self._stack.pop()
+            if fd >= 0:
+                os.close(fd)

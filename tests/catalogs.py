@@ -10,13 +10,13 @@ from blake3 import blake3
 from hypothesis import strategies as st
 
 from coffret.engine.catalog import Cutter, Key, TreeBuilder, describe, entry_weight, section_weight
-from coffret.engine.records import REF_BYTES, Entry, PageRef, Section, encode, pack_ref
+from coffret.engine.errors import ChunkMissing
+from coffret.engine.records import REF_BYTES, Entry, Section, encode, pack_ref
 from coffret.engine.settings import PAGE_MAX_ENTRIES, PAGE_MAX_WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from coffret.engine.catalog_reader import Catalog
 
 KEY = bytes(range(32))
 FILE, DIRECTORY = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
@@ -48,10 +48,15 @@ class Chunks:
         assert refs
         self.calls += 1
         self.loaded += refs
-        return [b"".join(self.stored[ref[at : at + REF_BYTES]] for at in range(0, len(ref), REF_BYTES)) for ref in refs]
+        return [b"".join(self._chunk(ref[at : at + REF_BYTES]) for at in range(0, len(ref), REF_BYTES)) for ref in refs]
 
     async def load(self, refs: Sequence[bytes]) -> list[bytes]:
         return self.load_now(refs)
+
+    def _chunk(self, ref: bytes) -> bytes:
+        if ref not in self.stored:
+            raise ChunkMissing(f"no chunk {ref.hex()}")
+        return self.stored[ref]
 
 
 def node(name: bytes, mode: int = FILE, size: int = 0, content: bytes = b"") -> Entry:
@@ -107,10 +112,6 @@ def build(chunks: Chunks, entries: Iterable[tuple[bytes, Entry]], cutter: Cutter
     for sections, level in cut(cutter or Cutter(KEY), entries):
         builder.add(describe(sections, chunks.store(encode(sections))), level)
     return builder.finish()
-
-
-async def page_refs(catalog: Catalog) -> list[PageRef]:
-    return [ref async for ref, _ in catalog.pages()]
 
 
 class FineCutter(Cutter):

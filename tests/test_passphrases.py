@@ -1,64 +1,30 @@
-"""Passphrases: where they come from, and adding, changing, removing and recovering them, by many hosts at once."""
+"""Passphrases: where they come from, and adding, changing and removing them."""
 
 from __future__ import annotations
 
-import json
-import random
-import re
 import stat
 import sys
 import traceback
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tests.key_samples import CHEAP, CONFIG, FOREIGN, FOREIGN_ID, HASH, IDS, SECRETS, SLOTS, opens, repository
 
-from coffret.connectors.base import Capabilities, Connector
+from coffret.connectors.base import Capabilities
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine.configuration import config_bytes, config_hash, new_config
+from coffret.engine.configuration import config_bytes, new_config
 from coffret.engine.errors import (
     Damaged,
-    RepositoryChanged,
     UsageError,
     WrongPassphrase,
 )
 from coffret.engine.keyring import Keyring, log_removal, put_slot, read_keyring, slot_name
-from coffret.engine.keys import MAX_SLOTS, Cost, new_secrets, unlock, wrap
+from coffret.engine.keys import MAX_SLOTS, new_secrets, unlock
 from coffret.engine.ops import passphrases
-from coffret.engine.ops.recovery import export, recover
 from coffret.engine.passphrase import MAX_PASSPHRASE_BYTES, PEER_PREFIX, passphrase_from_environment
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
-
-    from coffret.connectors.base import Buffer, ObjectInfo
-
-CHEAP = Cost(memory_kib=32, passes=1, lanes=1)
-SECRETS = new_secrets(encrypted=True)
-CONFIG = config_bytes(new_config(SECRETS))
-HASH = config_hash(CONFIG)
-SLOTS = dict(wrap(SECRETS, b"passphrase %d" % n, HASH, label=f"host{n}", cost=CHEAP) for n in range(5))
-IDS = list(SLOTS)
-FOREIGN_ID, FOREIGN = wrap(new_secrets(encrypted=True), b"passphrase 0", HASH, label="planted", cost=CHEAP)
-
-
-async def repository(count: int = 2) -> MemoryConnector:
-    """A repository with that many passphrases."""
-    connector = MemoryConnector()
-    await connector.put("config", [CONFIG])
-    for slot in IDS[:count]:
-        await put_slot(connector, slot, SLOTS[slot])
-    return connector
-
-
-async def opens(connector: Connector, passphrase: bytes) -> bool:
-    try:
-        return unlock((await read_keyring(connector)).live, passphrase, HASH)[1] == SECRETS
-    except WrongPassphrase:
-        return False
 
 
 class TestSources:
@@ -289,232 +255,3 @@ class TestOperations:
         late = Late()
         late._objects = connector._objects
         assert list((await read_keyring(late)).live) == [IDS[1]]
-
-
-class TestRecovery:
-    pytestmark = pytest.mark.anyio
-
-    async def test_config_and_slots_lost(self) -> None:
-        connector = await repository(2)
-        await put_slot(connector, FOREIGN_ID, FOREIGN)
-        text = await export(connector, CONFIG, SECRETS)
-        assert "passphrase add --from" in text and "host0" in text and "planted" not in text
-        assert max(map(len, text.splitlines())) <= 120
-        lost = MemoryConnector()
-        await lost.put("packs/aa/x", [b"data"])
-        put = await recover(lost, text, b"passphrase 1", label="")
-        assert put.config and put.slots == sorted(IDS[:2])
-        assert await lost.get("config") == CONFIG
-        assert await opens(lost, b"passphrase 0") and await opens(lost, b"passphrase 1")
-        again = await recover(lost, text, b"passphrase 1", label="")
-        assert not again.config and not again.slots
-
-    async def test_damaged_in_place(self) -> None:
-        connector = await repository(2)
-        text = await export(connector, CONFIG, SECRETS)
-        await connector.put("config", [CONFIG.replace(b"aes256-gcm", b"aes256-gcn")])
-        await connector.put(slot_name(IDS[0]), [SLOTS[IDS[0]][:100]])
-        put = await recover(connector, text, b"passphrase 0", label="")
-        assert put.config and put.slots == [IDS[0]]
-        assert await connector.get("config") == CONFIG
-        assert await opens(connector, b"passphrase 0")
-
-    async def test_as_people_treat_it(self) -> None:
-        connector = await repository(1)
-        text = await export(connector, CONFIG, SECRETS)
-        for treated in (text.replace("\n", "\r\n"), "hello\n" + text.replace("\n", "\n    ") + "bye", f"{text}{text}"):
-            assert (await recover(MemoryConnector(), treated, b"passphrase 0", label="")).config
-
-    async def test_refused(self) -> None:
-        connector = await repository(1)
-        text = await export(connector, CONFIG, SECRETS)
-        lost = MemoryConnector()
-        with pytest.raises(WrongPassphrase):
-            await recover(lost, text, b"passphrase 1", label="")
-        with pytest.raises(WrongPassphrase, match="none was given"):
-            await recover(lost, text, None, label="")
-        for nonsense in ("", "hello", "x" * 2_000_000):
-            with pytest.raises(UsageError, match="no recovery file"):
-                await recover(lost, nonsense, b"passphrase 0", label="")
-        assert [info async for info in lost.list("")] == []
-
-    async def test_altered(self) -> None:
-        connector = await repository(1)
-        text = await export(connector, CONFIG, SECRETS)
-        begin = text.index("FILE-----\n") + 10
-        end = text.index("-----END")
-        for at in range(begin, end - 1):
-            altered = text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :]
-            if text[at] in "=\n":
-                continue
-            with pytest.raises(Damaged):
-                await recover(MemoryConnector(), altered, b"passphrase 0", label="")
-        for cut in (text[: end - 100], text[:begin], text[:begin] + text[end:]):
-            with pytest.raises(Damaged):
-                await recover(MemoryConnector(), cut, b"passphrase 0", label="")
-
-    async def test_another_repository_is_there(self) -> None:
-        text = await export(await repository(1), CONFIG, SECRETS)
-        other_config = config_bytes(new_config(SECRETS))
-        for there, error in (
-            (other_config, RepositoryChanged),
-            (other_config.replace(b'"version":0', b'"version":9'), RepositoryChanged),
-            (other_config[:200], Damaged),
-            (b"[core]\n", Damaged),
-        ):
-            other = MemoryConnector()
-            await other.put("config", [there])
-            with pytest.raises(error):
-                await recover(other, text, b"passphrase 0", label="")
-            assert [info.name async for info in other.list("")] == ["config"]
-            assert await other.get("config") == there
-
-    async def test_another_is_created_at_this_moment(self) -> None:
-        text = await export(await repository(1), CONFIG, SECRETS)
-
-        class Raced(MemoryConnector):
-            async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
-                if name == "config" and if_absent:
-                    await super().put(name, [b"other"])
-                await super().put(name, body, if_absent=if_absent)
-
-        with pytest.raises(RepositoryChanged, match="at this moment"):
-            await recover(Raced(), text, b"passphrase 0", label="")
-
-    async def test_removed_stays_removed(self) -> None:
-        connector = await repository(2)
-        text = await export(connector, CONFIG, SECRETS)
-        await passphrases.remove(connector, CONFIG, SECRETS, IDS[0])
-        with pytest.raises(UsageError, match="was removed"):
-            await recover(connector, text, b"passphrase 0", label="")
-        assert (await recover(connector, text, b"passphrase 1", label="")).slots == []
-        assert not await opens(connector, b"passphrase 0")
-
-    async def test_removed_and_nothing_else_left(self) -> None:
-        connector = await repository(1)
-        text = await export(connector, CONFIG, SECRETS)
-        changed = await passphrases.change(connector, CONFIG, SECRETS, IDS[0], b"new", label="", cost=CHEAP)
-        await connector.delete(slot_name(changed))
-        put = await recover(connector, text, b"passphrase 0", label="recovered", cost=CHEAP)
-        assert len(put.slots) == 1 and put.slots != [IDS[0]]
-        assert await opens(connector, b"passphrase 0")
-
-    async def test_without_encryption(self) -> None:
-        secrets = new_secrets(encrypted=False)
-        config = config_bytes(new_config(secrets))
-        connector = MemoryConnector()
-        await connector.put("config", [config])
-        text = await export(connector, config, secrets)
-        assert "no encryption" in text
-        lost = MemoryConnector()
-        assert (await recover(lost, text, None, label="")).config
-        assert await lost.get("config") == config
-
-
-class Killed(Exception):
-    """The process that makes this call dies before it."""
-
-
-class Interleaved(Connector):
-    """A connector whose every call waits for its turn; a listing misses or shows what changes meanwhile.
-
-    With `exclusive` false, put-if-absent is a put.
-    """
-
-    def __init__(self, rnd: random.Random, *, exclusive: bool = True) -> None:
-        self.location = "memory://interleaved"
-        self.objects = MemoryConnector()
-        self.waiting: list[tuple[anyio.Event, list[bool]]] = []
-        self._rnd, self._exclusive = rnd, exclusive
-
-    async def turn(self) -> None:
-        event, killed = anyio.Event(), [False]
-        self.waiting.append((event, killed))
-        await event.wait()
-        if killed[0]:
-            raise Killed
-
-    async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
-        await self.turn()
-        await self.objects.put(name, body, if_absent=if_absent and self._exclusive)
-
-    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        await self.turn()
-        return await self.objects.get(name, offset=offset, length=length)
-
-    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        await self.turn()
-        before = {info.name: info async for info in self.objects.list(prefix)}
-        early = {name: info for name, info in before.items() if self._rnd.random() < 0.5}
-        await self.turn()
-        late = {info.name: info async for info in self.objects.list(prefix)}
-        appeared = {name: info for name, info in late.items() if name not in before and self._rnd.random() < 0.5}
-        kept = {name: info for name, info in late.items() if name in before}
-        for info in (early | kept | appeared).values():
-            yield info
-
-    async def stat(self, name: str) -> ObjectInfo:
-        await self.turn()
-        return await self.objects.stat(name)
-
-    async def delete(self, name: str) -> None:
-        await self.turn()
-        await self.objects.delete(name)
-
-
-def live_slots(objects: dict[str, tuple[bytes, float]]) -> set[str]:
-    """The live slots, by the format's description alone."""
-    numbers = [int(match[1]) for name in objects if (match := re.fullmatch(r"keys/removed-(\d+)", name))]
-    removed = json.loads(objects[f"keys/removed-{max(numbers)}"][0])["removed"] if numbers else []
-    return {name[5:] for name in objects if name.startswith("keys/") and "removed" not in name} - {*removed}
-
-
-async def race(rnd: random.Random, *, exclusive: bool = True, kill: bool = True) -> int:
-    """Let several hosts remove, change and add slots in a random order of calls; the least number of live slots."""
-    connector = Interleaved(rnd, exclusive=exclusive)
-    for slot in IDS[: rnd.randint(1, 3)]:
-        await connector.objects.put(slot_name(slot), [SLOTS[slot]])
-    await connector.objects.put(slot_name(FOREIGN_ID), [FOREIGN])
-    running = 0
-
-    async def host(removes: list[str], adds: list[str]) -> None:
-        nonlocal running
-        try:
-            for slot in adds:
-                await put_slot(connector, slot, SLOTS[slot])
-            for slot in removes:
-                await passphrases.remove(connector, CONFIG, SECRETS, slot)
-        except* (UsageError, Killed):
-            pass
-        finally:
-            running -= 1
-
-    fewest = len(IDS)
-    async with anyio.create_task_group() as group:
-        for _ in range(rnd.randint(2, 4)):
-            running += 1
-            adds = rnd.sample(IDS[3:], rnd.choice((0, 0, 1)))
-            group.start_soon(host, rnd.sample(IDS, rnd.randint(1, 5)), adds)
-        while running:
-            await anyio.wait_all_tasks_blocked()
-            if connector.waiting:
-                event, killed = connector.waiting.pop(rnd.randrange(len(connector.waiting)))
-                killed[0] = kill and rnd.random() < 0.02
-                event.set()
-            fewest = min(fewest, len(live_slots(connector.objects._objects) - {FOREIGN_ID}))
-    return fewest
-
-
-class TestRaces:
-    @settings(max_examples=150, deadline=None)
-    @given(st.integers(0, 1 << 32))
-    def test_never_none_left(self, seed: int) -> None:
-        assert anyio.run(race, random.Random(seed)) >= 1
-
-    def test_the_model_finds_what_is_missing(self) -> None:
-        """Without put-if-absent, two removers leave none."""
-
-        async def found(seed: int) -> bool:
-            return await race(random.Random(seed), exclusive=False, kill=False) == 0
-
-        assert any(anyio.run(found, seed) for seed in range(200))

@@ -232,11 +232,12 @@ class TestReplace:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(read)
-            for number in range(30):
-                await connector.put("leases/a", [aligned(bodies[number % 2])])
+            for body in itertools.cycle(map(aligned, bodies)):
+                await connector.put("leases/a", [body])
                 await anyio.lowlevel.checkpoint()
+                if seen >= 20:
+                    break
             tasks.cancel_scope.cancel()
-        assert seen
 
     async def test_the_time_moves_on(self, connector: Connector) -> None:
         await connector.put("leases/a", [b"1"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CALLS_A_RUN = 1500
 SPEEDS = (0.01, 0.3, 1, 1)
+BURSTS = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def run(seed: int, left_out: frozenset[Rule], mood: Mood) -> World:
     for _ in range(random.randint(3, 6)):
         world.start(*random.choices(roles, weights))
         speeds.append(random.choice(SPEEDS))
+    burst, which = random.choice(BURSTS), None
     while world.actors and not world.violation and world.store.calls < CALLS_A_RUN:
-        which = random.choices(range(len(speeds)), speeds)[0]
+        if which is None or random.random() * burst < 1:
+            which = random.choices(range(len(speeds)), speeds)[0]
         actor, fate = world.actors[which], Fate.DONE
         if random.random() < mood.lost_answer:
             fate = random.choice((Fate.NOT_SENT, Fate.UNANSWERED, Fate.LATE))
@@ -67,11 +70,13 @@ def run(seed: int, left_out: frozenset[Rule], mood: Mood) -> World:
             alive = world.step(actor, fate)
         if not alive:
             del speeds[which]
+            which = None
             if world.store.calls < CALLS_A_RUN * 0.7:
                 world.start(*random.choices(roles, weights))
                 speeds.append(random.choice(SPEEDS))
         elif random.random() < mood.pause:
             speeds[which] = random.choice(SPEEDS)
+            which = None
         if world.store.late and random.random() < mood.deliver:
             world.deliver()
     world.close()

@@ -61,14 +61,13 @@ def run_now(coroutine: Coroutine[Any, Any, Result]) -> Result:
 class SteppingConnector(Connector):
     """Each call on `inner` waits for its turn; each listing takes several, between which others work.
 
-    A listing is no picture of one moment, whatever its order: each name is looked for at one of `pages` moments. What
+    A listing is no picture of one moment, whatever its order: each name is looked for at one of its moments. What
     was there before the listing began, and is still there when it ends, is in it; of the rest anything may be.
     """
 
-    def __init__(self, inner: Connector, random: Random, pages: int = 2) -> None:
+    def __init__(self, inner: Connector, random: Random) -> None:
         self._inner = inner
         self._random = random
-        self._pages = pages
         self._late: list[tuple[str, Sequence[Buffer], bool]] = []
         self.location = inner.location
         self.calls = 0
@@ -87,11 +86,11 @@ class SteppingConnector(Connector):
         return await self._inner.get(name, offset=offset, length=length)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        salt = self._random.getrandbits(32)
-        for page in range(self._pages):
+        salt, pages = self._random.getrandbits(32), self._random.choice((1, 1, 2))
+        for page in range(pages):
             await self._turn("list", prefix)
             async for found in self._inner.list(prefix):
-                if crc32(found.name.encode(), salt) % self._pages == page:
+                if crc32(found.name.encode(), salt) % pages == page:
                     yield found
 
     async def stat(self, name: str) -> ObjectInfo:
