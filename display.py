@@ -121,9 +121,9 @@ class Display:
         from rich.table import Table
 
         progress, elapsed = self.progress, time.perf_counter() - self._begin
-        done, total = progress.size_bytes, progress.size_total
+        done, total = max(progress.size_bytes, progress.read_bytes), progress.size_total
         table = Table.grid(padding=(0, 2))
-        speed = format_size(int((progress.read_bytes or done) / max(elapsed, 0.001))) + "/s"
+        speed = format_size(int(done / max(elapsed, 0.001))) + "/s"
         table.add_row(
             f"[bold]{self.name}[/] {progress.phase}",
             f"{progress.files:,} files" + (f" of {progress.files_total:,}" if progress.files_total else ""),
@@ -140,13 +140,14 @@ class Display:
             table.add_row("", f"[red]{progress.errors} errors[/]")
         from rich.text import Text
 
-        for number, path in sorted(progress.current.items()):
-            table.add_row("", Text(f"{number}: {printable(path)}", overflow="ellipsis", no_wrap=True))
+        for path in list(progress.current.values()):
+            table.add_row("", Text(printable(path), overflow="ellipsis", no_wrap=True))
         return table
 
     def _plain(self) -> str:
         progress = self.progress
-        text = f"{self.name}: {progress.phase}: {progress.files} files, {format_size(progress.size_bytes)}"
+        phase = "" if progress.phase == self.name else f" {progress.phase}:"
+        text = f"{self.name}:{phase} {progress.files} files, {format_size(max(progress.size_bytes, progress.read_bytes))}"
         return text + (f", {progress.errors} errors" if progress.errors else "")
 
     def _counters(self) -> dict[str, Any]:

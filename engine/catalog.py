@@ -80,15 +80,13 @@ def entry_weight(name: bytes, size: int, mode: int) -> int:
 
     What a file becomes between scan and read may exceed it: it bounds pages, it does not measure them.
     """
-    weight = _ENTRY_WEIGHT + len(name)
-    kind = stat.S_IFMT(mode)
-    if kind == stat.S_IFREG:
+    kind = mode & 0o170000
+    if kind == 0o100000:
         refs, extents = 1 + (size >> _CHUNK_SHIFT), size >> _EXTENT_SHIFT
-        weight += REF_BYTES * (refs if refs < INLINE_REFS else INLINE_REFS)
-        weight += 16 * (extents if extents < INLINE_EXTENTS else INLINE_EXTENTS)
-    elif kind == stat.S_IFLNK:
-        weight += size
-    return weight
+        content = REF_BYTES * (refs if refs < INLINE_REFS else INLINE_REFS)
+        return _ENTRY_WEIGHT + len(name) + content + 16 * (extents if extents < INLINE_EXTENTS else INLINE_EXTENTS)
+    # A link's size is its target's length.
+    return _ENTRY_WEIGHT + len(name) + (size if kind == 0o120000 else 0)
 
 
 def section_weight(directory: bytes) -> int:

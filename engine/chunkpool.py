@@ -61,7 +61,11 @@ class ChunkPool:
     :raises WorkerDied: (cancelling the context's body) if a worker ends unexpectedly
     """
 
-    def __init__(self, *, workers: int, slabs: int, chunker: ChunkerConfig, secrets: Secrets) -> None:
+    def __init__(
+        self, *, workers: int, slabs: int, chunker: ChunkerConfig, secrets: Secrets, current: dict[int, bytes]
+    ) -> None:
+        # What each worker reads, for those who watch.
+        self._current = current
         self._pool = WorkerPool(
             "coffret.engine.chunkworker",
             workers=workers,
@@ -122,6 +126,7 @@ class ChunkPool:
             self._number += 1
             worker.jobs[self._number] = job
             worker.stream = stream
+            self._current[worker.process.pid] = job.paths[0]
             self._pool.send(worker, (job.kind, self._number, job.paths[0] if stream else job.paths))
             self._turns.room.wake_all()
 

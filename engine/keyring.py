@@ -9,6 +9,7 @@ nothing. How this makes removals safe from each other is told in `engine.ops.pas
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -85,8 +86,10 @@ async def put_slot(connector: Connector, slot: str, data: bytes) -> None:
     try:
         await connector.put(slot_name(slot), [data], if_absent=True)
     except AlreadyExists:
-        if await connector.get(slot_name(slot)) != data:
-            await connector.put(slot_name(slot), [data])
+        # Not found: removed, and deleted, since. A slot that is logged as removed opens nothing, put back or not.
+        with contextlib.suppress(NotFound):
+            if await connector.get(slot_name(slot)) != data:
+                await connector.put(slot_name(slot), [data])
 
 
 async def log_removal(connector: Connector, keyring: Keyring, slot: str) -> bool:

@@ -88,7 +88,7 @@ class Pipeline:
         self._limits, self._progress, self._fault = limits, progress, fault
         self.meta = MetaChunks(secrets.id_key)
         self._writer = CatalogWriter(self.meta, counts, progress)
-        self._pool = ChunkPool(workers=limits.workers, slabs=limits.slabs, chunker=config.chunker, secrets=secrets)
+        self._pool = ChunkPool(workers=limits.workers, slabs=limits.slabs, chunker=config.chunker, secrets=secrets, current=progress.current)
         self._scanned = Channel[ScanPage]("scanned", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._complete = Channel[ScanPage]("complete", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._runs = Channel[Run]("runs", max_items=limits.runs, max_bytes=4 * MIB, size=lambda run: run.size_bytes)
@@ -141,6 +141,7 @@ class Pipeline:
             while pages := await to_thread.run_sync(scanner.next, _PAGES_A_STEP):
                 for page in pages:
                     await outbox.send(page)
+        self._progress.files_total, self._progress.size_total = scanner.files, scanner.size_bytes
 
     async def _chunk(self, pool: ChunkPool) -> None:
         with self._chunk_runs as runs, self._chunk_pages as pages:

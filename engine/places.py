@@ -44,10 +44,9 @@ class Places:
                     os.mkdir(part, 0o700, dir_fd=parent)
                 fd = os.open(part, _DIRECTORY, dir_fd=parent)
             stack.append((part, fd))
-            if (spare := len(stack) - 1 - _KEPT) > 0:
-                name, old = stack[spare]
-                stack[spare] = (name, -1)
-                os.close(old)
+            if (spare := len(stack) - 1 - _KEPT) > 0 and stack[spare][1] >= 0:
+                os.close(stack[spare][1])
+                stack[spare] = (stack[spare][0], -1)
         return stack[-1][1]
 
     def close(self) -> None:

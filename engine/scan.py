@@ -183,6 +183,8 @@ class Scanner:
     ) -> None:
         self._roots, self._options, self._cutter, self._parent = roots, options, cutter, parent
         self._store, self._fault = store, fault
+        #: Regular files and their bytes, as far as the walk has come.
+        self.files = self.size_bytes = 0
         self._page = ScanPage(0, 1)
         self._finished: list[ScanPage] = []
         self._stack: list[tuple[bytes, FilterScope | None, int]] = []
@@ -322,7 +324,10 @@ class Scanner:
     ) -> None:
         """Add an entry: the parent's if it is unchanged, else a new one, a regular file's being filled in later."""
         regular = stat.S_ISREG(status.st_mode)
-        page.files += regular
+        if regular:
+            page.files += 1
+            self.files += 1
+            self.size_bytes += status.st_size
         if old is not None and self._unchanged(status, old[0]):
             page.keep(old[1], old[2])
             page.count += 1

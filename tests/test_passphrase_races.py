@@ -15,9 +15,7 @@ from tests.key_samples import CONFIG, FOREIGN, FOREIGN_ID, IDS, SECRETS, SLOTS
 
 from coffret.connectors.base import Connector
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine.errors import (
-    UsageError,
-)
+from coffret.engine.errors import UsageError
 from coffret.engine.keyring import put_slot, slot_name
 from coffret.engine.ops import passphrases
 

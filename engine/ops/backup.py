@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import socket
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 # A revoked writer tries again as a new attempt this many times; each was without a refresh for half an hour.
 _ATTEMPTS = 3
+# What an interrupted run may take to save its work (s).
+_SALVAGE_S = 20
 # So many faults are listed in the snapshot; all are counted and reported.
 _MAX_FAULTS = 10_000
 
@@ -110,6 +113,9 @@ async def _try(
                 group.start_soon(work.attempt.keep)
             await work.run()
             return await work.commit()
+        except BaseException:
+            await work.salvage()
+            raise
         finally:
             group.cancel_scope.cancel()
             await work.attempt.end()
@@ -132,6 +138,7 @@ class _Backup:
         self._snapshot_id = os.urandom(16)
         self._host = options.host or socket.gethostname()
         self._parent: Snapshot | None = None
+        self._index: IndexWriter | None = None
         progress.subject = self._snapshot_id.hex()[:SHORT_ID_DIGITS]
         if isinstance(source, StreamSource):
             self._roots = None
@@ -148,7 +155,7 @@ class _Backup:
         if not options.force:
             self._parent = find_parent(self.attempt.commits.snapshots, self._host, self._paths)
         known = KnownChunks(repository.mirror, marked=self.attempt.marked)
-        index = IndexWriter(
+        self._index = index = IndexWriter(
             connector,
             repository.sealer,
             self.attempt.id,
@@ -175,6 +182,13 @@ class _Backup:
         else:
             await self._pipeline.run(self._scanner(self._pipeline))
         await index.flush()
+
+    async def salvage(self) -> None:
+        """The run ends early: index what is stored already, so that the next one takes it up."""
+        if self._index is None:
+            return
+        with contextlib.suppress(Exception), anyio.move_on_after(_SALVAGE_S, shield=True):
+            await self._index.flush()
 
     async def commit(self) -> BackupSummary:
         """Put the snapshot."""

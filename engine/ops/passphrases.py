@@ -105,7 +105,7 @@ async def remove(connector: Connector, config: bytes, secrets: Secrets, slot: st
             _check_removable(keyring, slot, secrets, config)
             if not await log_removal(connector, keyring, slot):
                 continue
-        for name in {*keyring.undeleted, slot}:
+        for name in sorted({*keyring.undeleted, slot}):
             await connector.delete(slot_name(name))
         return
     raise LeaseLost("other hosts are removing passphrases without end")

@@ -78,7 +78,7 @@ async def restore(
         repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
     )
     catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
-    start, base = await _base(catalog, snapshot, path)
+    start, base, named = await _base(catalog, snapshot, path)
     owner = os.geteuid() == 0 if options.owner is None else options.owner
     if not owner and options.owner is None:
         progress.note("owners are not restored, since this is not root")
@@ -95,29 +95,35 @@ async def restore(
         replace=options.overwrite != "refuse",
     )
     progress.phase = "restore"
+    if path is None and options.patterns is None:
+        progress.files_total, progress.size_total = snapshot.header.counts.files, snapshot.header.counts.size_bytes
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    places = Places(root)
     try:
         async with pool, anyio.create_task_group() as group:
-            work = _Restore(fetcher, catalog, pool, group, Places(root), start, base, options, progress)
+            work = _Restore(fetcher, catalog, pool, group, places, start, base, named, options, progress)
             await work.run()
     finally:
+        places.close()
         os.close(root)
     return RestoreSummary(snapshot.id, path or b"/", target, progress.files, progress.size_bytes, progress.errors, time.perf_counter() - begin)
 
 
-async def _base(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> tuple[bytes, bytes]:
-    """(where to start, what is cut off the front of each path), both without a leading slash."""
+async def _base(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> tuple[bytes, bytes, bool]:
+    """(where to start, what is cut off the front of each path, whether the target gets the metadata of that).
+
+    Both without a leading slash. A common ancestor of several roots is no more than a place: the target stays as it is.
+    """
     roots = [root.strip(b"/") for root in snapshot.header.roots]
     start = path.strip(b"/") if path is not None else (roots[0] if len(roots) == 1 else os.path.commonpath(roots))
-    if b"" in roots and path is None:
-        start = b""
     entry = await catalog.find(start)
     if entry is None:
         raise UsageError(
             f"no {os.fsdecode(path or b'/')} in snapshot {snapshot.short_id}",
             remedy=f"see `coffret at REPO ls {snapshot.short_id}` for what is there",
         )
-    return start, start if stat.S_ISDIR(entry.mode) else start.rpartition(b"/")[0]
+    base = start if stat.S_ISDIR(entry.mode) else start.rpartition(b"/")[0]
+    return start, base, path is not None or len(roots) == 1
 
 
 def _prepare(target: bytes, overwrite: str) -> None:
@@ -144,12 +150,14 @@ class _Restore:
         places: Places,
         start: bytes,
         base: bytes,
+        named: bool,
         options: RestoreOptions,
         progress: Progress,
     ) -> None:
         self._fetcher, self._catalog, self._pool, self._group = fetcher, catalog, pool, group
         self._places, self._start, self._options, self._progress = places, start, options, progress
         self._cut = len(base) + 1 if base else 0
+        self._named = named
         self._window = Window(pool.slab_bytes)
         self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
         self._links = HardLinks()
@@ -312,7 +320,9 @@ class _Restore:
     async def _directories(self, directory: bytes, entries: Sequence[Entry]) -> None:
         for entry in reversed(entries):
             path = directory + b"/" + entry.name if directory else entry.name
-            if not stat.S_ISDIR(entry.mode) or not self._wanted(directory, entry) or len(path) < self._cut:
+            if not stat.S_ISDIR(entry.mode) or not self._wanted(directory, entry):
+                continue
+            if len(path) < max(self._cut, 1) and not self._named:  # the target itself
                 continue
             place = self._relative(path)
             parent, _, name = place.rpartition(b"/")
