@@ -1,4 +1,4 @@
-"""The command line: `coffret [GLOBAL] [at|on REPO] COMMAND …`. Here is what the words mean; `commands/` has the commands.
+"""The command line: `coffret [GLOBAL] [at|on REPO] COMMAND …`: what the words mean; `commands/` has the commands.
 
 Global options may stand anywhere on the line, and long options may have one dash, so the line is sorted first: what is
 global, which repository, which command; the rest is the command's own, parsed by click.
@@ -29,7 +29,14 @@ COMMANDS = {
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
 }
-FLAGS = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose", "--json": "json", "--no-cache": "no_cache"}
+FLAGS = {
+    "-q": "quiet",
+    "--quiet": "quiet",
+    "-v": "verbose",
+    "--verbose": "verbose",
+    "--json": "json",
+    "--no-cache": "no_cache",
+}
 VALUES = {
     "--connections": "connections",
     "--workers": "workers",
@@ -195,7 +202,8 @@ def normalised(word: str, known: set[str]) -> str:
 
 def own_options(command: click.Command) -> tuple[set[str], set[str]]:
     """(flags, options with a value) of a command and its subcommands."""
-    flags, values = {"--help"}, set()
+    flags: set[str] = {"--help"}
+    values: set[str] = set()
     for each in (command, *getattr(command, "commands", {}).values()):
         for parameter in each.params:
             if parameter.param_type_name == "option":

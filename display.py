@@ -27,7 +27,7 @@ _REDRAW_S, _LINE_S = 0.1, 1.0
 
 
 def printable(path: bytes) -> str:
-    """A path for people and JSON: what is not UTF-8 is escaped, control characters too, so that no name moves a cursor."""
+    """A path for people: what is not UTF-8 is escaped, and control characters are, so that no name moves a cursor."""
     text = path.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -135,7 +135,12 @@ class Display:
             table.add_row(ProgressBar(total=total, completed=done, width=20))
         if progress.stored_bytes:
             ratio = progress.added_bytes / max(progress.stored_bytes, 1)
-            table.add_row("", f"added {format_size(progress.added_bytes)}", f"stored {format_size(progress.stored_bytes)}", f"ratio {ratio:.2f}")
+            table.add_row(
+                "",
+                f"added {format_size(progress.added_bytes)}",
+                f"stored {format_size(progress.stored_bytes)}",
+                f"ratio {ratio:.2f}",
+            )
         if progress.errors:
             table.add_row("", f"[red]{progress.errors} errors[/]")
         from rich.text import Text
@@ -147,7 +152,9 @@ class Display:
     def _plain(self) -> str:
         progress = self.progress
         phase = "" if progress.phase == self.name else f" {progress.phase}:"
-        text = f"{self.name}:{phase} {progress.files} files, {format_size(max(progress.size_bytes, progress.read_bytes))}"
+        text = (
+            f"{self.name}:{phase} {progress.files} files, {format_size(max(progress.size_bytes, progress.read_bytes))}"
+        )
         return text + (f", {progress.errors} errors" if progress.errors else "")
 
     def _counters(self) -> dict[str, Any]:

@@ -43,19 +43,18 @@ def picture(groups: Mapping[tuple[str, str], Sequence[Measurement]]) -> str:
 
 def _panel(title: str, lines: Sequence[Measurement]) -> list[str]:
     """One scenario: bars from the fastest to the slowest, a line for the range of the rounds."""
-    spreads = sorted((line.wall.median, line) for line in lines if line.wall is not None)
-    longest = max(line.wall.max for _, line in spreads if line.wall is not None)
+    spreads = sorted(((line.wall, line.contender) for line in lines if line.wall), key=lambda pair: pair[0].median)
+    longest = max(spread.max for spread, _ in spreads)
     scale = (_PANEL_WIDTH - _NAME_WIDTH - _VALUE_WIDTH) / max(longest, 1e-9)
     parts = [f'<text class="title" x="0" y="14">{escape(title)}, seconds</text>']
-    for number, (median, line) in enumerate(spreads):
+    for number, (spread, name) in enumerate(spreads):
         y = _TITLE_HEIGHT + number * _BAR_HEIGHT
-        assert line.wall is not None
-        kind = "bar ours" if line.contender == OURS else "bar"
-        low, high = _NAME_WIDTH + line.wall.min * scale, _NAME_WIDTH + line.wall.max * scale
+        kind, width = "bar ours" if name == OURS else "bar", spread.median * scale
+        low, high = _NAME_WIDTH + spread.min * scale, _NAME_WIDTH + spread.max * scale
         parts += [
-            f'<text x="0" y="{y + 10}">{escape(line.contender)}</text>',
-            f'<rect class="{kind}" x="{_NAME_WIDTH}" y="{y}" width="{median * scale:.1f}" height="{_BAR_HEIGHT - 4}"/>',
+            f'<text x="0" y="{y + 10}">{escape(name)}</text>',
+            f'<rect class="{kind}" x="{_NAME_WIDTH}" y="{y}" width="{width:.1f}" height="{_BAR_HEIGHT - 4}"/>',
             f'<line class="range" x1="{low:.1f}" x2="{high:.1f}" y1="{y + 6}" y2="{y + 6}"/>',
-            f'<text class="value" x="{high + 5:.1f}" y="{y + 10}">{median:.2f}</text>',
+            f'<text class="value" x="{high + 5:.1f}" y="{y + 10}">{spread.median:.2f}</text>',
         ]
     return parts

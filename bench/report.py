@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.bars import BARS, MB, OURS, judge
+from bench.bars import BARS, MB, OURS, Kind, judge
 from bench.picture import picture
 from bench.results import DEFAULT_FILE, Dedup, Measurement, Primitives, read, spread
 from bench.scenarios import Scenario
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 BEGIN, END = "<!-- figures: begin (python -m bench.report) -->", "<!-- figures: end -->"
+_WHAT = {Kind.SIZE_RATIO: "repository size", Kind.MEMORY_MB: "peak of memory", Kind.SECONDS: f"`{OURS} version`"}
 
 
 def newest(lines: Sequence[Line], scale: float) -> dict[tuple[str, str], list[Measurement]]:
@@ -83,10 +84,19 @@ def bars_table(lines: Sequence[Line], scale: float, table: Table = markdown) -> 
         verdict = judge(bar, at_scale)
         measured = "not measured" if verdict.value is None else bar.show(verdict.value)
         against = f"{bar.against}'s" if bar.against else ""
-        what = {"SIZE_RATIO": "repository size", "MEMORY_MB": "peak of memory"}.get(bar.kind.name, bar.scenario)
+        what = _WHAT.get(bar.kind, bar.scenario)
         answer = "" if verdict.value is None else "yes" if verdict.reached else "**no**"
         run_id = verdict.run.run if verdict.run else ""
-        rows.append([f"{bar.dataset}: {what}", against, "≤ " + bar.show(bar.limit), measured, answer, run_id])
+        rows.append(
+            [
+                f"{bar.dataset}: {what}" if bar.dataset != "none" else what,
+                against,
+                "≤ " + bar.show(bar.limit),
+                measured,
+                answer,
+                run_id,
+            ]
+        )
     return table(["bar", "against", "limit", "measured", "reached", "run"], rows)
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.commands.running import Session
 from coffret.display import printable
 from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import format_duration, format_size, parse_size
 
 if TYPE_CHECKING:
+    from coffret.commands.running import Session
     from coffret.engine.filters import Filters
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
 
@@ -39,7 +39,7 @@ PARTLY = 3
 @click.option("--stdin-name", metavar="NAME", help="The file name for standard input.")
 @click.option("--stdin-command", metavar="CMD", help="Back up what CMD prints; fails when CMD fails.")
 @click.pass_obj
-def command(session: Session, paths: tuple[str, ...], **given: Any) -> int:
+def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
     """Back up and report."""
     display = session.display
     filters = _filters(given)
@@ -122,11 +122,16 @@ def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
         errors=counts.errors,
         duration_s=duration_s,
         queues=[
-            {"name": c.name, "items": c.items, "bytes": c.size_bytes, "peak_items": c.peak_items, "peak_bytes": c.peak_bytes,
-             "sender_wait_s": round(c.sender_wait_s, 4), "receiver_wait_s": round(c.receiver_wait_s, 4)}
+            {
+                "name": c.name,
+                "items": c.items,
+                "bytes": c.size_bytes,
+                "peak_items": c.peak_items,
+                "peak_bytes": c.peak_bytes,
+                "sender_wait_s": round(c.sender_wait_s, 4),
+                "receiver_wait_s": round(c.receiver_wait_s, 4),
+            }
             for c in session.display.progress.channels
         ],
     )
     return PARTLY if counts.errors else 0
-
-

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from coffret.commands.running import Session
 from coffret.engine.units import format_size
+
+if TYPE_CHECKING:
+    from coffret.commands.running import Session
 
 
 @click.command(help="Tell what is known of the repository: id, format, sizes.")
@@ -41,7 +45,12 @@ def command(session: Session) -> int:
                     version=config.version,
                     created=config.created,
                     encryption=config.encryption,
-                    chunker={"name": chunker.name, "min_bytes": chunker.min_bytes, "avg_bytes": chunker.avg_bytes, "max_bytes": chunker.max_bytes},
+                    chunker={
+                        "name": chunker.name,
+                        "min_bytes": chunker.min_bytes,
+                        "avg_bytes": chunker.avg_bytes,
+                        "max_bytes": chunker.max_bytes,
+                    },
                     pack_bytes=config.pack_bytes,
                     snapshots=len(snapshots),
                     packs=packs,

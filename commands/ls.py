@@ -96,7 +96,9 @@ def _show(session: Session, path: bytes, entry: Entry) -> None:
             f"{entry.size:>12} {iso_time(entry.mtime_ns)} {printable(path)}{link}"
         )
         return
-    target = {"target": os.fsdecode(entry.extra.target).encode("utf-8", "replace").decode()} if link and entry.extra else {}
+    target = (
+        {"target": os.fsdecode(entry.extra.target).encode("utf-8", "replace").decode()} if link and entry.extra else {}
+    )
     session.display.item(
         **path_fields(path),
         type=TYPES.get(stat.S_IFMT(entry.mode), "other"),

@@ -49,7 +49,7 @@ async def _recover(session: Session, source: str, label: str) -> int:
     from coffret.engine.ops import recovery
 
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = await to_thread.run_sync(lambda: Path(source).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{source}: {error}", remedy="give the file that `passphrase export` wrote") from None
     async with bare_storage(session.globals.repository, session.options) as connector:
@@ -167,4 +167,3 @@ def export(session: Session, file: str) -> int:
         return 0
 
     return session.run(run)
-

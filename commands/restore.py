@@ -22,11 +22,13 @@ PARTLY = 3
 @click.option("--to", "target", metavar="DIR", help="Where to; receives the contents of the snapshot's root.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Restore only what matches (gitignore rules).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches.")
-@click.option("--overwrite", type=click.Choice(["always", "if-changed", "never"]), help="Into a directory that is not empty.")
+@click.option(
+    "--overwrite", type=click.Choice(["always", "if-changed", "never"]), help="Into a directory that is not empty."
+)
 @click.option("--no-owner", is_flag=True, help="Do not restore owners.")
 @click.option("--sparse", is_flag=True, help="Keep the holes of sparse files.")
 @click.pass_obj
-def command(session: Session, snapshot: str, target: str | None, **given: Any) -> int:
+def command(session: Session, /, snapshot: str, target: str | None, **given: Any) -> int:
     """Restore and report."""
     display = session.display
 

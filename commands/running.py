@@ -1,4 +1,4 @@
-"""What every command shares: its repository, its passphrase, its display, signals, and errors turned into exit codes."""
+"""What every command shares: repository, passphrase, display, signals, and errors turned into exit codes."""
 
 from __future__ import annotations
 
@@ -199,4 +199,3 @@ def split_target(text: str) -> tuple[str, bytes | None]:
 def common_path(roots: Sequence[bytes]) -> bytes:
     """The path a snapshot's roots are shown under."""
     return roots[0] if len(roots) == 1 else os.path.commonpath(roots)
-

@@ -4,8 +4,8 @@ An object is written to a file of its own in `tmp/`, made durable, and only then
 be absent, else by rename. All paths are relative to one descriptor of the folder, opened at first use, so that a folder
 that is swapped for another meanwhile is never used by halves.
 
-Large objects go to the disk past the page cache: 60 packs of 32 MiB, two at a time, took 0.13 CPU seconds with
-O_DIRECT and 1.9 to 8.3 through the cache, which besides loses what others had in it.
+Large objects go to the disk past the page cache: writing 60 packs of 32 MiB, two at a time, took 0.13 CPU seconds with
+O_DIRECT and 1.8 to 8.3 through the cache, which besides loses what others had in it.
 """
 
 from __future__ import annotations

@@ -274,30 +274,31 @@ class ParentCursor:
 class Listing:
     """One directory's entries in the parent: iterate over its runs, or ask for names, in their order."""
 
-    __slots__ = ("_at", "_entries", "_run", "_runs")
+    __slots__ = ("_at", "_entries", "_first", "_page", "_runs")
 
     def __init__(self, runs: Iterator[Run]) -> None:
         self._runs = runs
-        self._run: Run | None = None
+        self._page: LoadedPage | None = None
         self._entries: list[Entry] = []
-        self._at = 0
+        self._first = self._at = 0
 
     def __iter__(self) -> Iterator[Run]:
         return self._runs
 
     def get(self, name: bytes) -> tuple[Entry, LoadedPage, int] | None:
         """(entry, its page, its position there) of a name, or None; names are asked for in ascending order."""
+        at, entries = self._at, self._entries
         while True:
-            entries = self._entries
-            for at in range(self._at, len(entries)):
+            while at < len(entries):
                 entry = entries[at]
                 if entry.name >= name:
                     self._at = at
-                    run = self._run
-                    assert run is not None
-                    return (entry, run.page, run.first + at) if entry.name == name else None
+                    page = self._page
+                    return (entry, page, self._first + at) if page is not None and entry.name == name else None
+                at += 1
+            self._at = at
             run = next(self._runs, None)
             if run is None:
-                self._at = len(entries)
                 return None
-            self._run, self._entries, self._at = run, run.entries, 0
+            self._page, self._first, self._entries = run.page, run.first, run.entries
+            at, entries = 0, run.entries

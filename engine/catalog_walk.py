@@ -17,7 +17,7 @@ import msgspec
 
 from coffret.engine.catalog import MAX_DEPTH, describe, directory_key, key_of
 from coffret.engine.errors import Damaged
-from coffret.engine.records import REF_BYTES, Entry, PageRef, Section, refs_length
+from coffret.engine.records import REF_BYTES, Extra, PageRef, Section, refs_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +34,6 @@ _MAX_PAYLOAD_BYTES = 16 << 20
 _decode_sections = msgspec.msgpack.Decoder(Annotated[list[Section], msgspec.Meta(max_length=1 << 14)]).decode
 _decode_refs = msgspec.msgpack.Decoder(Annotated[list[PageRef], msgspec.Meta(max_length=1 << 12)]).decode
 _FORBIDDEN = frozenset((b"", b".", b".."))
-_NOT_ROOT = frozenset((b".", b".."))
 # Stands for the sums of the root, which no node tells.
 _UNKNOWN = -1
 _START: Key = (b"", b"")
@@ -165,8 +164,9 @@ def open_page(ref: PageRef, payload: bytes) -> LoadedPage:
     :raises Damaged: if it is not well-formed, or not the page meant
     """
     sections = _decode(_decode_sections, ref, payload)
+    if not sections:
+        raise Damaged("a catalog page is empty")
     previous: bytes | None = None
-    count = 0
     for section in sections:
         key = directory_key(section.directory)
         if previous is not None and key <= previous:
@@ -174,10 +174,7 @@ def open_page(ref: PageRef, payload: bytes) -> LoadedPage:
         previous = key
         if key and (b"\0" in section.directory or not _FORBIDDEN.isdisjoint(key.split(b"\0"))):
             raise Damaged(f"a catalog holds an impossible path: {section.directory!r}")
-        _check_entries(section)
-        count += len(section.entries)
-    if not sections:
-        raise Damaged("a catalog page is empty")
+    count = _check_entries(sections)
     if ref.entries == _UNKNOWN:
         ref = describe(sections, ref.ref)
     first = sections[0]
@@ -216,35 +213,41 @@ def _decode(decoder: Callable[[bytes], list[_Record]], ref: PageRef, payload: by
         raise Damaged(f"a part of a catalog does not decode: {error}") from None
 
 
-def _check_entries(section: Section) -> None:
-    """Names in order and possible, numbers in range, refs whole; written for speed, since this sees every entry."""
-    entries = section.entries
+def _check_entries(sections: list[Section]) -> int:
+    """Names in order and possible, numbers in range, refs whole: how many. A page at once: it sees every entry."""
+    entries = [entry for section in sections for entry in section.entries]
     names = [entry.name for entry in entries]
-    if not names or not all(map(lt, names, names[1:])):
-        raise Damaged("names in a catalog page are missing or out of order")
+    rising = bytearray(map(lt, names, names[1:]))
+    end = 0
+    for section in sections:
+        if not section.entries:
+            raise Damaged(f"a catalog has an empty listing of {section.directory!r}")
+        end += len(section.entries)
+        rising[end - 1 : end] = b"\1"  # the next directory's names begin anew
+    if 0 in rising:
+        raise Damaged("names in a catalog page are out of order")
     joined = b"/".join(names)
-    # Only the root directory's own entry is without a name, in the root's listing.
-    forbidden = _FORBIDDEN if section.directory else _NOT_ROOT
-    if joined.count(b"/") != len(names) - 1 or b"\0" in joined or not forbidden.isdisjoint(names):
-        raise Damaged(f"a catalog holds an impossible name in {section.directory!r}")
+    # Only the root directory's own entry, the first of all, is without a name.
+    named = names if names[0] or sections[0].directory else names[1:]
+    if joined.count(b"/") != len(names) - 1 or b"\0" in joined or not _FORBIDDEN.isdisjoint(named):
+        raise Damaged("a catalog holds an impossible name")
     # Other numbers are only ever compared, or cut to what a call takes.
     for entry in entries:
         if (
             (entry.mode | entry.uid | entry.gid) >> 32
             or entry.size >> 63
             or len(entry.content) % REF_BYTES
-            or (entry.extra is not None and not _possible_extra(entry))
+            or (entry.extra is not None and not _possible_extra(entry.extra))
         ):
-            raise Damaged(f"a catalog holds an impossible entry: {entry.name!r} in {section.directory!r}")
+            raise Damaged(f"a catalog holds an impossible entry: {entry.name!r}")
+    return len(entries)
 
 
-def _possible_extra(entry: Entry) -> bool:
-    extra = entry.extra
-    return extra is None or not (
+def _possible_extra(extra: Extra) -> bool:
+    return not (
         b"\0" in extra.target
         or (extra.rdev | extra.nlink) >> 64
         or not 0 <= extra.depth <= MAX_DEPTH
-        or (extra.depth and not entry.content)
         or len(extra.extents) % 16
         or len(extra.extents_ref) % REF_BYTES
         or len(extra.xattrs_ref) % REF_BYTES

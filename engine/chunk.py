@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from coffret.engine.catalog import RefList
 from coffret.engine.chunkpool import Job, Slab
-from coffret.engine.dedup import Run
 from coffret.engine.entries import make_entry, make_extra
+from coffret.engine.messages import Run
 from coffret.engine.records import iter_refs, refs_length
 from coffret.engine.settings import BATCH_BYTES, BATCH_FILES
 
 if TYPE_CHECKING:
     from coffret.engine.chunkpool import ChunkPool
-    from coffret.engine.dedup import MetaChunks
     from coffret.engine.flow import Channel, Sender
+    from coffret.engine.messages import MetaChunks, Read, ScanPage
     from coffret.engine.progress import Progress
-    from coffret.engine.scan import Read, ScanPage
 
 FaultSink = Callable[[bytes, str], None]
 
@@ -142,4 +141,3 @@ async def chunk_stage(inbox: Channel[ScanPage], *, chunking: Chunking, pool: Chu
             await chunking.flush()
     await chunking.flush()
     await pool.drain()
-

@@ -4,7 +4,8 @@
 next to nothing, so that it is there in 30 ms and small. Messages on the socket are frames of marshal: both ends are
 the same interpreter. The first frame, of keys and parameters, never stands on a command line.
 
-    to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)   ("free", slab)
+    to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)
+                      ("free", slab)
     from the worker   ("batch", job, slab, results)   ("piece", job, slab, offset, refs)   ("file", job, result)
 
 A result is an error text, or (stat, read_ns, offset, refs, extents, xattrs, note): `stat` as `STAT_FIELDS`, `offset`
@@ -115,10 +116,11 @@ class Worker:
                 self._receive()
             message = self._jobs.pop(0)
             if message[0] == "keys":
-                _, self._id_key, chunker, chunker_key, slabs = message
+                self._id_key, chunker, chunker_key, slabs = message[1:]
+                name, minimum, average, maximum = chunker
                 self._free = list(slabs)
-                self._chunker = Chunker(*chunker, chunker_key)
-                self._whole_bytes = chunker[1]
+                self._chunker = Chunker(name, minimum, average, maximum, chunker_key)
+                self._whole_bytes = minimum
             elif message[0] == "batch":
                 self._batch(message[1], message[2])
             else:
@@ -183,7 +185,15 @@ class Worker:
             if extents and got < expected:
                 extents = pack_extents(clip(found, got))
             data = view[at : at + got]
-            result = (fields(before, size if extents else got), read_ns, at, self._refs(data), extents, read_xattrs(fd), note)
+            result = (
+                fields(before, size if extents else got),
+                read_ns,
+                at,
+                self._refs(data),
+                extents,
+                read_xattrs(fd),
+                note,
+            )
             return result, at + got
         finally:
             os.close(fd)

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from blake3 import blake3
-
-from coffret.engine.records import REF_BYTES, iter_refs, pack_ref
+from coffret.engine.messages import RawBlock
+from coffret.engine.records import REF_BYTES, iter_refs
 from coffret.engine.settings import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from coffret.engine.chunkpool import Slab
     from coffret.engine.flow import Channel, Sender
     from coffret.engine.known import KnownChunks
+    from coffret.engine.messages import Run
     from coffret.engine.progress import Progress
 
 # A chunk this large is a block of its own; smaller ones are gathered.
 _LARGE = BLOCK_BYTES // 2
 # What is left of a slab is sealed from there when it is nearly a block; less is copied, so that the slab can go back.
 _NEARLY = BLOCK_BYTES * 3 // 4
-
-
-@dataclass(slots=True)
-class Run:
-    """Chunks that lie one behind the other in `view`: file contents in a slab, or catalog chunks (`meta`)."""
-
-    view: memoryview | bytes
-    refs: bytes
-    slab: Slab | None = None
-    meta: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes held in memory of its own; those in a slab are counted there."""
-        return 0 if self.slab else len(self.view)
-
-
-@dataclass(slots=True)
-class RawBlock:
-    """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in."""
-
-    meta: bool
-    parts: list[memoryview | bytes] = field(default_factory=list)
-    refs: list[bytes] = field(default_factory=list)
-    raw_bytes: int = 0
-    slabs: list[Slab] = field(default_factory=list)
-
-    def release(self) -> None:
-        """The parts are no longer needed."""
-        self.parts.clear()
-        for slab in self.slabs:
-            slab.release()
-        self.slabs.clear()
 
 
 class Gatherer:
@@ -108,32 +73,6 @@ class Gatherer:
             run.slab.hold()
             block.slabs.append(run.slab)
         return block
-
-
-class MetaChunks:
-    """Chunks of the engine's own making (pages, lists, large attributes), on their way to dedup.
-
-    `store` may be called in any thread; what it queues is taken by `runs`.
-    """
-
-    def __init__(self, id_key: bytes) -> None:
-        self._id_key = id_key
-        self._queue: list[Run] = []
-
-    def store(self, payload: bytes) -> bytes:
-        """Queue a payload, in pieces of at most a block; return their packed refs."""
-        refs = []
-        for at in range(0, len(payload), BLOCK_BYTES):
-            piece = payload[at : at + BLOCK_BYTES]
-            ref = pack_ref(blake3(piece, key=self._id_key).digest(), len(piece))
-            refs.append(ref)
-            self._queue.append(Run(piece, ref, meta=True))
-        return b"".join(refs)
-
-    def runs(self) -> list[Run]:
-        """Take what is queued."""
-        queue, self._queue = self._queue, []
-        return queue
 
 
 async def dedup_stage(inbox: Channel[Run], outbox: Sender[RawBlock], *, known: KnownChunks, progress: Progress) -> None:

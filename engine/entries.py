@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import pwd
 import stat
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,9 @@ from coffret.engine.records import Entry, Extra, encode
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
 # Stores a payload as chunks and returns their packed refs.
-Store = Callable[[bytes], bytes] if TYPE_CHECKING else None
+Store = Callable[[bytes], bytes]
 
 
 @lru_cache(maxsize=4096)
@@ -61,7 +61,6 @@ def make_extra(
     else:
         extra.extents_ref = store(extents)
     return extra
-
 
 
 def make_entry(

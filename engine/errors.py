@@ -1,21 +1,20 @@
 """What can go wrong, by what the user can do about it. Each class has its exit code and a remedy.
 
-    CoffretError                1
-    ├── UsageError              2   the command line or the environment asks for something that makes no sense
-    ├── NoRepository           10   nothing there, or something else
-    ├── WrongPassphrase        12
-    ├── RepositoryChanged       1   not the repository that was here before
-    ├── UnsupportedVersion      1   made by a newer Coffret
-    ├── Damaged                 1   stored bytes are not what was written (4 from `check`)
-    │   └── ChunkMissing        1   no usable copy of a chunk
-    ├── StorageError            1   a connector failed
-    │   └── OutOfSpace         13
-    ├── LeaseLost              11   another process ended this attempt
-    ├── SourceError             1   the source can't be read at all
-    ├── TargetError             1   the restore target can't be used
-    └── WorkerDied              1   a process of the pool ended unexpectedly
+CoffretError                1
+├── UsageError              2   the command line or the environment asks for something that makes no sense
+├── NoRepository           10   nothing there, or something else
+├── WrongPassphrase        12
+├── RepositoryChanged       1   not the repository that was here before
+├── UnsupportedVersion      1   made by a newer Coffret
+├── Damaged                 1   stored bytes are not what was written (4 from `check`)
+│   └── ChunkMissing        1   no usable copy of a chunk
+├── StorageError            1   a connector failed
+│   └── OutOfSpace         13
+├── LeaseLost              11   another process ended this attempt
+├── SourceError             1   the source can't be read at all
+├── TargetError             1   the restore target can't be used
+└── WorkerDied              1   a process of the pool ended unexpectedly
 """
-
 
 from coffret.connectors import errors as connector_errors
 

@@ -113,10 +113,12 @@ class Fetcher:
         return await to_thread.run_sync(self._cut, ids, locations, opened)
 
     def _cut(
-        self, ids: Sequence[bytes], locations: Sequence[Location], opened: dict[BlockKey, bytes | memoryview]
+        self, ids: Sequence[bytes], locations: Sequence[Location | None], opened: dict[BlockKey, bytes | memoryview]
     ) -> list[bytes]:
         found = []
         for chunk_id, location in zip(ids, locations, strict=True):
+            if location is None:
+                raise ChunkMissing(f"chunk {chunk_id.hex()[:16]} is in no pack")
             block = opened[location.pack, location.offset]
             data = bytes(block[location.inner : location.inner + location.length])
             if blake3(data, key=self.id_key).digest() != chunk_id:
@@ -217,6 +219,4 @@ async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryv
         async with anyio.create_task_group() as group:
             for part, begin in ranges:
                 group.start_soon(fetch, part, begin)
-    return [
-        (b.header, places[b.pack, b.offset], b.stored_bytes, b.offset, b.raw_bytes, b.codec) for b in blocks
-    ]
+    return [(b.header, places[b.pack, b.offset], b.stored_bytes, b.offset, b.raw_bytes, b.codec) for b in blocks]

@@ -29,7 +29,8 @@ def index_name(attempt: bytes, number: int) -> str:
 class IndexWriter:
     """Collects the tables of stored packs and puts index objects: when enough has come together, and at the end.
 
-    Without a mirror (a dry run) nothing becomes known. An object is put only after the packs it names are durable, and merged into the mirror only after it is durable.
+    An object is put only after the packs it names are durable, and merged into the mirror only after it is durable.
+    Without a mirror (a dry run) nothing becomes known.
     """
 
     def __init__(
@@ -85,14 +86,14 @@ def adopted_tables(adopted: Mapping[bytes, Location]) -> list[PackTable]:
         packs.setdefault(location.pack, {}).setdefault(location.offset, []).append((chunk_id, location))
     tables = []
     for pack, by_offset in packs.items():
-        blocks, first = [], None
+        blocks: list[Block] = []
         for offset in sorted(by_offset):
             refs, at = [], 0
             for chunk_id, location in sorted(by_offset[offset], key=lambda item: item[1].inner):
                 if location.inner > at:
                     refs.append(pack_ref(UNNAMED, location.inner - at))
                 refs.append(pack_ref(chunk_id, location.length))
-                at, first = location.inner + location.length, location
-            blocks.append(Block(offset, first.stored_bytes, first.raw_bytes, first.codec, b"".join(refs)))
-        tables.append(PackTable(pack, first.header, first.pack_bytes, blocks))
+                at = location.inner + location.length
+            blocks.append(Block(offset, location.stored_bytes, location.raw_bytes, location.codec, b"".join(refs)))
+        tables.append(PackTable(pack, location.header, location.pack_bytes, blocks))
     return tables

@@ -1,4 +1,4 @@
-"""The pool that opens blocks, for restore and check: the parent fetches stored bytes into slabs, workers do the rest."""
+"""The pool that opens blocks, for restore and check: the parent fetches stored bytes into slabs, workers do more."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ class OpenPool:
         return await self._pool.__aexit__(kind, error, trace)
 
     async def acquire(self) -> int:
-        """The number of a free slab, waiting for one."""
+        """The number of a free slab, waiting for one. It counts as a job from here on, for it is still to be filled."""
         while not self._free:
             await self._turns.room.wait()
+        self._turns.begin()
         return self._free.pop()
 
     def view(self, slab: int) -> memoryview:
@@ -66,17 +67,18 @@ class OpenPool:
 
     def release(self, slab: int) -> None:
         """A slab is not needed after all."""
-        self._free.append(slab)
-        self._turns.room.wake()
+        self._return(slab)
+        self._turns.done()
 
     def submit(
         self, kind: str, *arguments: Any, slab: int | None = None, done: Callable[[Faults], None], ordered: bool = False
     ) -> None:
-        """Send a job to the worker with least to do (`ordered`: always to the same one); its slab comes back after it."""
+        """Send a job to the worker with least to do (`ordered`: always to the same); its slab comes back after it."""
         self._number += 1
         worker = self._pool.workers[0] if ordered else min(self._pool.workers, key=lambda worker: len(worker.jobs))
         worker.jobs[self._number] = (slab, done)
-        self._turns.begin()
+        if slab is None:
+            self._turns.begin()
         self._pool.send(worker, (kind, self._number, *(() if slab is None else (slab,)), *arguments))
 
     async def drain(self, *, below: int = 1) -> None:
@@ -87,7 +89,10 @@ class OpenPool:
         _, number, faults = message
         slab, done = worker.jobs.pop(number)
         if slab is not None:
-            self.release(slab)
+            self._return(slab)
         done(faults)
         self._turns.done()
 
+    def _return(self, slab: int) -> None:
+        self._free.append(slab)
+        self._turns.room.wake()

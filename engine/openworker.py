@@ -5,10 +5,12 @@ stored ranges into slabs; everything that costs CPU happens here. Every chunk id
 
     to the worker     ("keys", data_key, id_key, repository_id, target, owner, sparse, replace, slabs)
                       ("files", job, slab, blocks, groups)   ("piece", job, slab, blocks, place, writes)
-                      ("finish", job, directory, name, temporary, meta)   ("nodes", job, nodes)   ("pack", job, slab, length, name, table)
+                      ("finish", job, directory, name, temporary, meta)   ("nodes", job, nodes)
+                      ("pack", job, slab, length, name, table)
     from the worker   ("done", job, faults)   with faults = [(key, reason)]
 
-`blocks` = [(header, at, stored, position, raw, codec)], a part = (block, inner, length, chunk id); see `engine/ops/restore`.
+`blocks` = [(header, at, stored, position, raw, codec)], a part = (block, inner, length, chunk id); see
+`restore_jobs`.
 """
 
 from __future__ import annotations
@@ -249,7 +251,7 @@ class OpenWorker:
         return [(path, note) for note in notes]
 
     def _nodes(self, nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]]) -> list[tuple[bytes, str]]:
-        """What is no regular file, in order: (directory, name, meta, link target, rdev); directories get their metadata."""
+        """What is no regular file, in order: (directory, name, meta, target, rdev); directories get their metadata."""
         assert self._places is not None
         faults: list[tuple[bytes, str]] = []
         for directory, name, meta, target, rdev in nodes:

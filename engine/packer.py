@@ -19,8 +19,8 @@ from coffret.engine.packfile import PackBuilder
 from coffret.engine.sealing import RAW, ZSTD
 
 if TYPE_CHECKING:
-    from coffret.engine.dedup import RawBlock
     from coffret.engine.flow import Sender
+    from coffret.engine.messages import RawBlock
     from coffret.engine.sealing import Sealer
 
 
@@ -38,7 +38,14 @@ class Packer:
     """The open packs of a backup: one of data, one of catalog chunks. `place` runs in threads, the rest on the loop."""
 
     def __init__(
-        self, sealer: Sealer, attempt: bytes, *, level: int | None, pack_bytes: int, buffers: int, outbox: Sender[PackBuilder]
+        self,
+        sealer: Sealer,
+        attempt: bytes,
+        *,
+        level: int | None,
+        pack_bytes: int,
+        buffers: int,
+        outbox: Sender[PackBuilder],
     ) -> None:
         self._sealer, self._attempt, self._level = sealer, attempt, level
         self._pack_bytes, self._spare, self._outbox = pack_bytes, buffers, outbox

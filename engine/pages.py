@@ -11,11 +11,10 @@ from coffret.engine.records import Section, encode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coffret.engine.dedup import MetaChunks, Run
     from coffret.engine.flow import Channel, Sender
+    from coffret.engine.messages import MetaChunks, Run, ScanPage
     from coffret.engine.progress import Progress
     from coffret.engine.records import Counts, PageRef
-    from coffret.engine.scan import ScanPage
 
 
 class CatalogWriter:

@@ -4,7 +4,7 @@
       │        │         ▲
       └────────┴─► catalog
 
-Memory, in the order the bytes flow: slabs (workers × 4 × 8 MiB), blocks copied out of slabs (`blocks` below), pack
+Memory, in the order the bytes flow: slabs (4 of 8 MiB a worker), blocks copied out of slabs (`blocks` below), pack
 buffers (uploads + 3, 32 MiB each). A stage acquires room downstream before it produces, so the sum is the bound.
 """
 
@@ -20,12 +20,12 @@ from anyio import to_thread
 
 from coffret.engine.chunk import Chunking, chunk_stage
 from coffret.engine.chunkpool import ChunkPool
-from coffret.engine.dedup import MetaChunks, RawBlock, Run, dedup_stage
+from coffret.engine.dedup import dedup_stage
 from coffret.engine.flow import Channel
+from coffret.engine.messages import MetaChunks, RawBlock, Run, ScanPage
 from coffret.engine.packer import Packer
 from coffret.engine.packfile import PackBuilder
 from coffret.engine.pages import CatalogWriter, catalog_stage
-from coffret.engine.scan import ScanPage
 from coffret.engine.seal import seal_stage
 from coffret.engine.settings import MIB, SLABS_PER_WORKER, WORKERS
 from coffret.engine.stream import StreamReader, StreamSource, stream_stage
@@ -88,7 +88,13 @@ class Pipeline:
         self._limits, self._progress, self._fault = limits, progress, fault
         self.meta = MetaChunks(secrets.id_key)
         self._writer = CatalogWriter(self.meta, counts, progress)
-        self._pool = ChunkPool(workers=limits.workers, slabs=limits.slabs, chunker=config.chunker, secrets=secrets, current=progress.current)
+        self._pool = ChunkPool(
+            workers=limits.workers,
+            slabs=limits.slabs,
+            chunker=config.chunker,
+            secrets=secrets,
+            current=progress.current,
+        )
         self._scanned = Channel[ScanPage]("scanned", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._complete = Channel[ScanPage]("complete", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._runs = Channel[Run]("runs", max_items=limits.runs, max_bytes=4 * MIB, size=lambda run: run.size_bytes)

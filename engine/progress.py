@@ -33,8 +33,9 @@ class Fault:
 class Progress:
     """Counters of a running operation, to be read at any time, and callbacks for its events.
 
-    Totals are None until they are known; `subject` is the short id of the snapshot at work. `on_item` is called for each path when it is set; `on_fault` for each fault,
-    `on_note` for a remark that is no fault. Callbacks run on the event loop and must not block.
+    Totals are None until they are known; `subject` is the short id of the snapshot at work. `on_item` is called for
+    each path when it is set; `on_fault` for each fault, `on_note` for a remark that is no fault.
+    Callbacks run on the event loop and must not block.
     """
 
     phase: str = "opening"

@@ -1,7 +1,7 @@
 """A repository opened: the way into the engine for the command line and for programs that use it as a library.
 
-    async with open_repository("/var/backups", passphrase=lambda: b"…") as repository:
-        summary = await repository.backup([b"/etc"])
+async with open_repository("/var/backups", passphrase=lambda: b"…") as repository:
+    summary = await repository.backup([b"/etc"])
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,6 +23,7 @@ from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from pathlib import Path
 
     from coffret.connectors.base import Connector
     from coffret.engine.mirror import Mirror

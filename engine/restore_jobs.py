@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coffret.engine.places import Places
     from coffret.engine.records import Entry
 
-Chunk = tuple[bytes, int, "Location"]
+Chunk = tuple[bytes, int, "Location | None"]
 # Files of a window: as many small ones as keep a worker busy for some ten milliseconds.
 _MAX_FILES = 512
 
@@ -49,7 +49,7 @@ class Window:
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether another file of these chunks, or a file at all, fits."""
-        more = {(chunk[2].pack, chunk[2].offset): chunk[2].stored_bytes for chunk in chunks}
+        more = {(found.pack, found.offset): found.stored_bytes for _, _, found in chunks if found is not None}
         stored = sum(size for key, size in more.items() if key not in self._numbers)
         return self._stored_bytes + stored <= self._slab_bytes and self._files < _MAX_FILES
 
@@ -75,7 +75,7 @@ class Window:
         temporary: bool,
     ) -> None:
         """Add a whole file."""
-        parts = [self.part(*chunk) for chunk in chunks]
+        parts = [self.part(chunk_id, length, found) for chunk_id, length, found in chunks if found is not None]
         if not self.groups or self.groups[-1][0] != directory:
             self.groups.append((directory, []))
         self.groups[-1][1].append((name, temporary_name() if temporary else b"", meta, parts, extents))
@@ -127,4 +127,4 @@ class LargeFile:
     def take(self) -> list[tuple[int, int, int, list[Any]]]:
         """The writes of the piece that is complete: (file offset, length, bytes to skip, parts)."""
         writes, self._writes = self._writes, []
-        return [tuple(write) for write in writes]  # type: ignore[misc]
+        return [(offset, length, skip, parts) for offset, length, skip, parts in writes]

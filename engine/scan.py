@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from time import time_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coffret.engine.catalog import entry_weight, section_weight
 from coffret.engine.chunkworker import open_path, read_xattrs
 from coffret.engine.entries import entry_size, make_entry, make_extra
 from coffret.engine.errors import SourceError
 from coffret.engine.filters import RULES_MAX_BYTES
+from coffret.engine.messages import Read, ScanPage
 from coffret.engine.settings import PAGE_MAX_ENTRIES, PAGE_MAX_WEIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from coffret.engine.catalog import Cutter
-    from coffret.engine.catalog_reader import LoadedPage, ParentCursor
+    from coffret.engine.catalog_reader import Listing, ParentCursor
+    from coffret.engine.catalog_walk import LoadedPage
     from coffret.engine.entries import Store
     from coffret.engine.filters import Filters, FilterScope
-    from coffret.engine.records import Entry, PageRef
+    from coffret.engine.records import Entry
 
-# File systems that hold no data of their own, by the magic numbers of statfs(2): proc, sysfs, cgroup, cgroup2, debugfs,
-# tracefs, securityfs, devpts, pstore, bpf, configfs, efivarfs, binfmt_misc, mqueue, fusectl, selinuxfs, nsfs, rpc_pipefs.
+# File systems that hold no data of their own, by the magic numbers of statfs(2): proc, sysfs, cgroup, cgroup2,
+# debugfs, tracefs, securityfs, devpts, pstore, bpf, configfs, efivarfs, binfmt_misc, mqueue, fusectl, selinuxfs,
+# nsfs, rpc_pipefs.
 PSEUDO = frozenset(
     (
         *(0x9FA0, 0x62656572, 0x27E0EB, 0x63677270, 0x64626720, 0x74726163, 0x73636673, 0x1CD1, 0x6165676C),
@@ -41,65 +44,12 @@ PSEUDO = frozenset(
 _LONG = 3800
 
 
-@dataclass(slots=True)
-class Read:
-    """A file to be read for a page: where its entry goes, and what the scan saw."""
-
-    page: ScanPage
-    entries: list[Entry | None]
-    index: int
-    path: bytes
-    name: bytes
-    size_bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class ScanPage:
-    """A page of the catalog being made: entries by directory, in order, those still to be read being None.
-
-    `kept` is the parent's page when nothing in it changed: then it is used as it is.
-    """
-
-    number: int
-    level: int
-    sections: list[tuple[bytes, list[Entry | None]]] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    missing: int = 0
-    count: int = 0
-    weight: int = 0
-    kept: PageRef | None = None
-    files: int = 0
-    directories: int = 0
-    new: int = 0
-    changed: int = 0
-    # What happened to an entry, by the identity of its name; only if someone wants to be told.
-    status: dict[int, str] = field(default_factory=dict)
-    _source: LoadedPage | None = None
-    _next: int = 0
-
-    def seal(self) -> None:
-        """Nothing more comes: decide whether this is the parent's page unchanged."""
-        source = self._source
-        if source is not None and self._next == self.count == source.entries:
-            self.kept = source.ref
-
-    def keep(self, source: LoadedPage, position: int) -> None:
-        """An entry was taken from the parent's page as it is; it may be the parent's whole page in the end."""
-        if self.count == 0 and position == 0:
-            self._source, self._next = source, 1
-        elif source is self._source and position == self._next:
-            self._next += 1
-        else:
-            self._source = None
-
-    def forget(self) -> None:
-        """An entry is not the parent's: neither is the page."""
-        self._source = None
-
-
 @dataclass(frozen=True, slots=True)
 class ScanOptions:
-    """What to leave out and what to trust. `skip`: (device, inode) of directories left out. `verbose`: tell what happened to each entry."""
+    """What to leave out and what to trust.
+
+    `skip`: (device, inode) of directories left out. `verbose`: tell what happened to each entry.
+    """
 
     filters: Filters | None = None
     skip: frozenset[tuple[int, int]] = frozenset()
@@ -263,7 +213,7 @@ class Scanner:
         prefix = path if path.endswith(b"/") else path + b"/"
         real = b"/" + directory + b"/" if directory else b"/"
         opening = section_weight(directory)
-        old = self._parent.seek(directory) if self._parent else {}
+        old: Listing | dict[bytes, Any] = self._parent.seek(directory) if self._parent else {}
         # The root directory's own entry stands before its listing, in one section.
         entries: list[Entry | None] = [] if directory else page.sections[-1][1]
         deeper: list[tuple[bytes, FilterScope | None, int]] = []

@@ -9,8 +9,8 @@ from anyio import to_thread
 if TYPE_CHECKING:
     from anyio import CapacityLimiter
 
-    from coffret.engine.dedup import RawBlock
     from coffret.engine.flow import Channel, Sender
+    from coffret.engine.messages import RawBlock
     from coffret.engine.packer import Packer
     from coffret.engine.packfile import PackBuilder
 

@@ -17,19 +17,18 @@ from blake3 import blake3
 
 from coffret.engine.catalog import RefList
 from coffret.engine.chunker import Chunker
-from coffret.engine.dedup import Run
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import SourceError, UsageError
+from coffret.engine.messages import Run, ScanPage
 from coffret.engine.records import Entry, pack_ref
-from coffret.engine.scan import ScanPage
 from coffret.engine.settings import SLAB_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coffret.engine.chunk import FaultSink
-    from coffret.engine.dedup import MetaChunks
     from coffret.engine.flow import Sender
+    from coffret.engine.messages import MetaChunks
     from coffret.engine.progress import Progress
     from coffret.engine.records import ChunkerConfig
     from coffret.engine.sealing import Secrets

@@ -32,17 +32,22 @@ PATHS = (
 
 
 class Chunks:
-    """Payloads by ref, as a repository would have them; counts what is asked for."""
+    """Payloads by ref, as a repository would have them, cut if they are large; counts what is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece_bytes: int = 1 << 20) -> None:
+        self.piece_bytes = piece_bytes
         self.stored: dict[bytes, bytes] = {}
         self.loaded: list[bytes] = []
         self.calls = 0
 
     def store(self, payload: bytes) -> bytes:
-        ref = pack_ref(blake3(payload, key=KEY).digest(), len(payload))
-        self.stored[ref] = payload
-        return ref
+        refs = b""
+        for at in range(0, max(1, len(payload)), self.piece_bytes):
+            piece = payload[at : at + self.piece_bytes]
+            ref = pack_ref(blake3(piece, key=KEY).digest(), len(piece))
+            self.stored[ref] = piece
+            refs += ref
+        return refs
 
     def load_now(self, refs: Sequence[bytes]) -> list[bytes]:
         assert refs

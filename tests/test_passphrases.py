@@ -176,6 +176,7 @@ class TestOperations:
         await passphrases.remove(connector, CONFIG, SECRETS, IDS[1])
         names = [info.name async for info in connector.list("keys/")]
         assert sorted(names) == sorted([slot_name(IDS[2]), "keys/removed-1", "keys/removed-2"])
+        assert (await read_keyring(connector)).removed == {IDS[0], IDS[1]}
 
     async def test_log_by_an_outdated_view(self) -> None:
         connector = await repository(3)

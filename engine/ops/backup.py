@@ -8,7 +8,6 @@ import pwd
 import socket
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -26,7 +25,7 @@ from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
 from coffret.engine.pipeline import Limits, Pipeline
 from coffret.engine.records import Counts, SnapshotHeader, SourceFault
-from coffret.engine.scan import Roots, ScanOptions, Scanner
+from coffret.engine.scan import Roots, Scanner, ScanOptions
 from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot
 from coffret.engine.stream import StreamSource
 
@@ -222,10 +221,12 @@ class _Backup:
         if self._parent is None:
             return None
         repository, header = self._repository, self._parent.header
-        fetcher = Fetcher(
-            repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
-        )
-        return ParentCursor(header.catalog, header.depth, partial(from_thread.run, fetcher.load))
+        fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
+
+        def load(refs: Sequence[bytes]) -> list[bytes]:
+            return from_thread.run(fetcher.load, refs)
+
+        return ParentCursor(header.catalog, header.depth, load)
 
     def _header(self) -> SnapshotHeader:
         counts, progress = self._counts, self._progress
@@ -288,5 +289,3 @@ def _user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
-
-

@@ -89,7 +89,7 @@ async def check_packs(repository_connector: Any, progress: Progress) -> CheckSum
     summary = CheckSummary()
     async for info in repository_connector.list("packs/"):
         data = await repository_connector.get(info.name)
-        digest = await to_thread.run_sync(lambda data=data: blake3(data).hexdigest())
+        digest = await to_thread.run_sync(_digest, data)
         summary.packs += 1
         summary.size_bytes += info.size_bytes
         progress.size_bytes += info.size_bytes
@@ -97,6 +97,10 @@ async def check_packs(repository_connector: Any, progress: Progress) -> CheckSum
             summary.damaged_packs.append(info.name)
             progress.fault(info.name.encode(), "its bytes are not those of its name")
     return summary
+
+
+def _digest(data: bytes) -> str:
+    return blake3(data).hexdigest()
 
 
 class _Check:

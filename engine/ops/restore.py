@@ -1,4 +1,4 @@
-"""Restore: catalog pages → wanted chunks by pack → ranges fetched at once → opened and written by workers → metadata."""
+"""Restore: catalog pages → wanted chunks by pack → ranges fetched → opened and written by workers → metadata."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ async def restore(
     """
     begin = time.perf_counter()
     await repository.commits()
-    fetcher = Fetcher(
-        repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
-    )
+    fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
     catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
     start, base, named = await _base(catalog, snapshot, path)
     owner = os.geteuid() == 0 if options.owner is None else options.owner
@@ -89,7 +87,7 @@ async def restore(
         workers=OPEN_WORKERS,
         slabs=OPEN_SLABS,
         slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
-        target=os.path.abspath(target),
+        target=os.path.abspath(target),  # noqa: ASYNC240 - reads the current directory, no more
         owner=owner,
         sparse=options.sparse,
         replace=options.overwrite != "refuse",
@@ -106,7 +104,15 @@ async def restore(
     finally:
         places.close()
         os.close(root)
-    return RestoreSummary(snapshot.id, path or b"/", target, progress.files, progress.size_bytes, progress.errors, time.perf_counter() - begin)
+    return RestoreSummary(
+        snapshot.id,
+        path or b"/",
+        target,
+        progress.files,
+        progress.size_bytes,
+        progress.errors,
+        time.perf_counter() - begin,
+    )
 
 
 async def _base(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> tuple[bytes, bytes, bool]:
@@ -165,7 +171,7 @@ class _Restore:
         self._temporary = options.overwrite != "refuse"
 
     async def run(self) -> None:
-        """Files first, then hard links, then directories from the deepest up, since each change below sets their times."""
+        """Files first, then hard links, then directories from the deepest up: each change below sets their times."""
         async for directory, entries in self._catalog.walk(self._start):
             await self._section(directory, entries)
         await self._flush()
@@ -383,5 +389,3 @@ def _existing(places: Places, directory: bytes, entries: Sequence[Entry], policy
         if policy == "never" or same:
             kept.add(entry.name)
     return kept
-
-

@@ -1,0 +1,134 @@
+"""What the stages of a backup send each other, and the queue of chunks that the engine makes itself.
+
+Stages never import each other: these are all they share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from coffret.engine.records import pack_ref
+from coffret.engine.settings import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from coffret.engine.catalog_walk import LoadedPage
+    from coffret.engine.chunkpool import Slab
+    from coffret.engine.records import Entry, PageRef
+
+
+@dataclass(slots=True)
+class Read:
+    """A file to be read for a page: where its entry goes, and what the scan saw."""
+
+    page: ScanPage
+    entries: list[Entry | None]
+    index: int
+    path: bytes
+    name: bytes
+    size_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class ScanPage:
+    """A page of the catalog being made: entries by directory, in order, those still to be read being None.
+
+    `kept` is the parent's page when nothing in it changed: then it is used as it is.
+    """
+
+    number: int
+    level: int
+    sections: list[tuple[bytes, list[Entry | None]]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    missing: int = 0
+    count: int = 0
+    weight: int = 0
+    kept: PageRef | None = None
+    files: int = 0
+    directories: int = 0
+    new: int = 0
+    changed: int = 0
+    # What happened to an entry, by the identity of its name; only if someone wants to be told.
+    status: dict[int, str] = field(default_factory=dict)
+    _source: LoadedPage | None = None
+    _next: int = 0
+
+    def seal(self) -> None:
+        """Nothing more comes: decide whether this is the parent's page unchanged."""
+        source = self._source
+        if source is not None and self._next == self.count == source.entries:
+            self.kept = source.ref
+
+    def keep(self, source: LoadedPage, position: int) -> None:
+        """An entry was taken from the parent's page as it is; it may be the parent's whole page in the end."""
+        if self.count == 0 and position == 0:
+            self._source, self._next = source, 1
+        elif source is self._source and position == self._next:
+            self._next += 1
+        else:
+            self._source = None
+
+    def forget(self) -> None:
+        """An entry is not the parent's: neither is the page."""
+        self._source = None
+
+
+@dataclass(slots=True)
+class Run:
+    """Chunks that lie one behind the other in `view`: file contents in a slab, or catalog chunks (`meta`)."""
+
+    view: memoryview | bytes
+    refs: bytes
+    slab: Slab | None = None
+    meta: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held in memory of its own; those in a slab are counted there."""
+        return 0 if self.slab else len(self.view)
+
+
+@dataclass(slots=True)
+class RawBlock:
+    """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in."""
+
+    meta: bool
+    parts: list[memoryview | bytes] = field(default_factory=list)
+    refs: list[bytes] = field(default_factory=list)
+    raw_bytes: int = 0
+    slabs: list[Slab] = field(default_factory=list)
+
+    def release(self) -> None:
+        """The parts are no longer needed."""
+        self.parts.clear()
+        for slab in self.slabs:
+            slab.release()
+        self.slabs.clear()
+
+
+class MetaChunks:
+    """Chunks of the engine's own making (pages, lists, large attributes), on their way to dedup.
+
+    `store` may be called in any thread; what it queues is taken by `runs`.
+    """
+
+    def __init__(self, id_key: bytes) -> None:
+        self._id_key = id_key
+        self._queue: list[Run] = []
+
+    def store(self, payload: bytes) -> bytes:
+        """Queue a payload, in pieces of at most a block; return their packed refs."""
+        refs = []
+        for at in range(0, len(payload), BLOCK_BYTES):
+            piece = payload[at : at + BLOCK_BYTES]
+            ref = pack_ref(blake3(piece, key=self._id_key).digest(), len(piece))
+            refs.append(ref)
+            self._queue.append(Run(piece, ref, meta=True))
+        return b"".join(refs)
+
+    def runs(self) -> list[Run]:
+        """Take what is queued."""
+        queue, self._queue = self._queue, []
+        return queue
