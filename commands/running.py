@@ -17,7 +17,7 @@ import click
 
 from coffret.display import Display, terminal
 from coffret.engine.errors import CoffretError, UsageError, WrongPassphrase, reported
-from coffret.engine.passphrase import passphrase_from_environment
+from coffret.engine.passphrase import passphrase_from_environment, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class Session:
     async def repository(self) -> AsyncIterator[Repository]:
         """The repository of the command line, opened."""
         async with open_repository(self.globals.repository, passphrase=self.passphrase, options=self.options) as opened:
+            if not opened.config.encrypted and any(name in os.environ for name in passphrase_variables()):
+                raise UsageError(
+                    f"a passphrase is given, but the repository at {self.globals.repository} has no encryption",
+                    remedy="unset it if that is intended; otherwise do not trust this storage",
+                )
             yield opened
 
     def passphrase(self) -> bytes:

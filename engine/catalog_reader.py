@@ -192,7 +192,8 @@ def _check_extents(entry: Entry, extents: bytes) -> None:
         raise Damaged(f"the extents of {entry.name!r} are cut short")
     end = 0
     for offset, length in _EXTENT.iter_unpack(extents):
-        if offset < end or not length:
+        # One extent of no length stands for a file that is one hole.
+        if offset < end or not (length or len(extents) == _EXTENT.size):
             raise Damaged(f"the extents of {entry.name!r} overlap")
         end = offset + length
     if end > entry.size:
@@ -240,9 +241,10 @@ class ParentCursor:
         return Listing(self._runs(key, self._seeks))
 
     def _runs(self, key: bytes, seek: int) -> Iterator[Run]:
-        while seek == self._seeks and (self._page is not None or self._turn(key)):
-            page = self._page
-            assert page is not None
+        while seek == self._seeks:
+            page = self._page or self._turn(key)
+            if page is None:
+                return
             if self._section == len(page.sections):
                 self._page = None
                 continue
@@ -257,18 +259,15 @@ class ParentCursor:
             self._section += 1
             self._first += len(section.entries)
 
-    def _turn(self, key: bytes) -> bool:
-        """Go to the next page that may hold entries of a directory; False if there is none."""
+    def _turn(self, key: bytes) -> LoadedPage | None:
+        """Go to the next page that may hold entries of a directory, or to one behind it; None at the end."""
         walk, begin = self._walk, (key, b"")
-        following = walk.next_key()
-        if following is None or following[0] > key:
-            return False
         walk.skip_to(begin)
         while refs := walk.wanted():
             walk.feed(self._load(refs))
             walk.skip_to(begin)
         self._page, self._section, self._first = walk.take(), 0, 0
-        return self._page is not None
+        return self._page
 
 
 class Listing:

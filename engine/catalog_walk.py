@@ -115,13 +115,6 @@ class PageWalk:
         self._edge = far
         return page
 
-    def next_key(self) -> Key | None:
-        """A key that nothing still to come lies before (when walking forward), None at the end."""
-        for queue in self._queues:
-            if queue:
-                return queue[0][0]
-        return None
-
     def skip_to(self, key: Key) -> None:
         """Leave out, when walking forward, pages that lie wholly before `key`, without reading them."""
         self._start = max(self._start, key)

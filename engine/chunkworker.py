@@ -183,7 +183,7 @@ class Worker:
             note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
             got = min(got, expected)
             if extents and got < expected:
-                extents = pack_extents(clip(found, got))
+                extents = pack_extents(clip(found, got)) or NO_DATA
             data = view[at : at + got]
             result = (
                 fields(before, size if extents else got),
@@ -235,7 +235,7 @@ class Worker:
             stored = fields(before, size if extents else got)
             if got < expected and extents:
                 # What is missing at the end was cut off: keep only the extents that were read.
-                extents = pack_extents(clip(segments, got))
+                extents = pack_extents(clip(segments, got)) or NO_DATA
             self._send(("file", job, (stored, read_ns, 0, b"", extents, read_xattrs(fd), note)))
         except OSError as error:
             self._send(("file", job, error.strerror or str(error)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from typing import IO, TYPE_CHECKING
 
@@ -20,27 +22,45 @@ class HardLinks:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, int], tuple[bytes, bytes, int]] = {}
+        self._groups: dict[tuple[int, int], tuple[bytes, bytes, int, int]] = {}
         self._spool: IO[bytes] | None = None
 
-    def seen(self, directory: bytes, entry: Entry) -> bool:
-        """Whether another link of this entry's group came before; then it is noted, and nothing is to be written."""
-        assert entry.extra is not None
+    def seen(self, directory: bytes, entry: Entry, places: Places | None) -> bool:
+        """Whether another link of this entry's group came before; then it is noted, and nothing is to be written.
+
+        `places`, if there may be another file already where the first of a group goes: that one must not be taken for
+        the first, should it stay there because the first can't be restored.
+        """
+        found = self._take(entry)
+        if found is None:
+            assert entry.extra is not None
+            before = _inode(places, directory, entry.name) if places and stat.S_ISREG(entry.mode) else 0
+            self._groups[entry.device, entry.inode] = (directory, entry.name, before, entry.extra.nlink - 1)
+            return False
+        if self._spool is None:
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by make
+        record = msgspec.msgpack.encode((*found, directory, entry.name))
+        self._spool.write(len(record).to_bytes(4, "little") + record)
+        return True
+
+    def keep(self, directory: bytes, entry: Entry) -> None:
+        """An entry is in the target already and stays: others of its group that are missing are linked to it."""
+        if self._take(entry) is None:
+            assert entry.extra is not None
+            self._groups[entry.device, entry.inode] = (directory, entry.name, 0, entry.extra.nlink - 1)
+
+    def _take(self, entry: Entry) -> tuple[bytes, bytes, int] | None:
+        """The first of an entry's group, and the inode that was in its place; None if this is the first."""
         group = (entry.device, entry.inode)
         found = self._groups.get(group)
         if found is None:
-            self._groups[group] = (directory, entry.name, entry.extra.nlink - 1)
-            return False
-        first_directory, first_name, left = found
+            return None
+        directory, name, before, left = found
         if left <= 1:
             del self._groups[group]
         else:
-            self._groups[group] = (first_directory, first_name, left - 1)
-        if self._spool is None:
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by make
-        record = msgspec.msgpack.encode((first_directory, first_name, directory, entry.name))
-        self._spool.write(len(record).to_bytes(4, "little") + record)
-        return True
+            self._groups[group] = (directory, name, before, left - 1)
+        return directory, name, before
 
     def make(self, places: Places, replace: bool) -> list[tuple[bytes, str]]:
         """Make the links; return (path, reason) of those that could not be made."""
@@ -51,19 +71,28 @@ class HardLinks:
             spool.seek(0)
             while head := spool.read(4):
                 record = msgspec.msgpack.decode(
-                    spool.read(int.from_bytes(head, "little")), type=tuple[bytes, bytes, bytes, bytes]
+                    spool.read(int.from_bytes(head, "little")), type=tuple[bytes, bytes, int, bytes, bytes]
                 )
                 try:
                     _link(places, *record, replace=replace)
                 except OSError as error:
-                    path = record[2] + b"/" + record[3] if record[2] else record[3]
+                    path = record[3] + b"/" + record[4] if record[3] else record[4]
                     faults.append((path, error.strerror or str(error)))
         return faults
 
 
 def _link(
-    places: Places, first_directory: bytes, first_name: bytes, directory: bytes, name: bytes, *, replace: bool
+    places: Places,
+    first_directory: bytes,
+    first_name: bytes,
+    before: int,
+    directory: bytes,
+    name: bytes,
+    *,
+    replace: bool,
 ) -> None:
+    if _inode(places, first_directory, first_name) in (before, 0):
+        raise OSError(errno.ENOENT, "the file that it is a link to could not be restored")
     source = os.dup(places.enter(first_directory))
     try:
         folder = places.enter(directory)
@@ -76,3 +105,11 @@ def _link(
             os.link(first_name, name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
     finally:
         os.close(source)
+
+
+def _inode(places: Places, directory: bytes, name: bytes) -> int:
+    """The inode of what has a name in the target, 0 if there is nothing."""
+    try:
+        return os.stat(name, dir_fd=places.enter(directory), follow_symlinks=False).st_ino
+    except OSError:
+        return 0

@@ -65,6 +65,7 @@ class Mirror:
         self._view = View({}, (), ())
         self._epoch = b""
         self._settled: frozenset[str] = frozenset()  # attempts whose index objects are sure
+        self._pending: set[str] = set()  # index objects of all other attempts
         self._gone: dict[str, int] = {}  # index objects to forget at the next change, with their first section
 
     @classmethod
@@ -111,6 +112,7 @@ class Mirror:
             with reported(self._store.folder):
                 manifest, runs = await anyio.to_thread.run_sync(self._store.load, limiter=self._change_thread)
             self._settled = frozenset(settled)
+            self._pending = {name for name in listed if attempt_of(name) not in self._settled}
             wanted = {name for name in listed if attempt_of(name) not in revoked}
             self._gone = {name: first for name, (first, _) in manifest.objects.items() if name not in wanted}
             self._epoch = manifest.epoch
@@ -133,11 +135,13 @@ class Mirror:
             manifest, runs = await self._drive(self._store.change(items, self._gone))
             self._gone = {}
             # Another process may have begun the mirror anew, or forgotten what it did not find listed.
-            known = self._view.objects if manifest.epoch == self._epoch else {}
-            names = self._view.objects.keys() | {name for name, _ in items}
-            self._epoch = manifest.epoch
-            spans = ((name, manifest.objects.get(name) or known.get(name)) for name in names)
-            await self._see({name: span for name, span in spans if span}, runs)
+            seen = self._view.objects
+            if manifest.epoch != self._epoch:
+                seen = {name: span for name, span in manifest.objects.items() if name in seen}
+                self._epoch = manifest.epoch
+            added = {name: manifest.objects[name] for name, _ in items}
+            self._pending |= {name for name in added if attempt_of(name) not in self._settled}
+            await self._see({**seen, **added}, runs)
 
     async def sift(self, ids: Sequence[bytes], *, marked: frozenset[bytes] = _NO_PACKS) -> Sifted:
         """Tell which chunks have to be stored, and which locations adopted. Chunks only in `marked` packs are absent.
@@ -183,8 +187,7 @@ class Mirror:
         await self.close()
 
     async def _see(self, objects: Mapping[str, tuple[int, int]], runs: Sequence[Run]) -> None:
-        pending = {name for name in objects if attempt_of(name) not in self._settled}
-        self._view = await anyio.to_thread.run_sync(View, objects, pending, runs, limiter=self._change_thread)
+        self._view = await anyio.to_thread.run_sync(View, objects, self._pending, runs, limiter=self._change_thread)
 
     async def _look(self, look: Callable[[View], _T]) -> _T:
         return await anyio.to_thread.run_sync(look, self._view, limiter=self._look_thread)

@@ -106,7 +106,7 @@ class FreshRuns:
                 self._rows += _rows_of(table, section)
                 self._packs.append(_pack_record(table))
                 if len(self._rows) >= FRESH_ROWS or section == first + len(index.packs) - 1:
-                    self._spans.append(Span(start, section + 1 - start, len(self._rows) - rows_before))
+                    self._spans.append(Span(first, start, section + 1 - start, len(self._rows) - rows_before))
                     if len(self._rows) >= FRESH_ROWS:
                         yield from self.flush()
                     start, rows_before = section + 1, len(self._rows)

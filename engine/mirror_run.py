@@ -45,8 +45,12 @@ class BadRun(Exception):
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Sections `first` … `first + sections - 1` of one index object, and how many rows they have."""
+    """Sections `first` … `first + sections - 1`, all or a part of one index object's, and how many rows they have.
 
+    `owner` is the index object's own first section, which tells it from all others.
+    """
+
+    owner: int
     first: int
     sections: int
     rows: int
@@ -133,6 +137,12 @@ class Run:
                 continue
             yield ROW.unpack_from(self._map, at)
             at += ROW.size
+
+    def span(self, section: int) -> Span | None:
+        """The span that a section belongs to; None if it is not one of this run's, as where the disk has failed."""
+        at = bisect_right(self._firsts, section) - 1
+        span = self.info.spans[at]
+        return span if at >= 0 and section < span.first + span.sections else None
 
     def pack(self, section: int) -> tuple[bytes, bytes, int]:
         """The pack of one of this run's sections: its id, its clear header, its size in bytes."""

@@ -15,7 +15,6 @@ import errno
 import fcntl
 import os
 import time
-from bisect import bisect_left, bisect_right
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -37,10 +36,10 @@ _MAGIC = b"coffret mirror 0"
 _DIGEST_BYTES = 16
 _MANIFEST, _LOCK = "manifest", "lock"
 _LOCK_POLL_S = 0.02
-# Which runs are folded: those smaller than FOLD_ROWS together, always (13 ms of work), and one that has less than
-# FOLD_FACTOR times the rows of all smaller ones. At 50 M chunks that leaves three runs on average to look into, and a
-# row is written about ten times in all.
-_FOLD_ROWS, _FOLD_FACTOR = 1 << 16, 4
+# Which runs are folded: those smaller than FOLD_ROWS together, always, and one that has less than FOLD_FACTOR times the
+# rows of all smaller ones. Growing to 50 M chunks by 100,000 a merge (by 4,096), that leaves 3.0 (4.3) runs on average
+# to look into, and a row is written 9 (14) times; with a factor of 1: 4.5 (6.2) and 6 (12); of 4: 2.7 (4.0), 10 (15).
+_FOLD_ROWS, _FOLD_FACTOR = 1 << 14, 3
 # A run is rewritten when more than this share of its rows is of index objects that are gone.
 _GARBAGE_SHARE = 0.25
 
@@ -74,6 +73,8 @@ class Store:
         self.folder = folder
         self._repository_id = repository_id
         self._runs: dict[bytes, Run] = {}
+        # What the manifest file held when it was last read or written: most changes find it as they left it.
+        self._known: tuple[bytes, Manifest] = (b"", self._empty())
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "not writable", str(folder))
@@ -96,12 +97,10 @@ class Store:
             # A run may have been folded away since the manifest was read: then there is another manifest.
             if not bad or self._read() == data:
                 break
-        for info in bad:
-            self._runs.pop(info.token, None)
-            _forget_run(manifest, info)
-        named = {info.token for info in manifest.runs}
-        self._runs = {token: run for token, run in self._runs.items() if token in named}
-        return manifest, sorted(self._runs.values(), key=lambda run: -run.info.rows)
+        if bad:
+            manifest = _without_runs(manifest, bad)
+        self._runs = {info.token: self._runs[info.token] for info in manifest.runs}
+        return manifest, self._largest_first()
 
     def change(
         self, items: Sequence[tuple[str, IndexObject]], gone: Mapping[str, int]
@@ -119,6 +118,7 @@ class Store:
             lock = yield from self._lock()
             try:
                 manifest, runs = self.load()
+                manifest = msgspec.structs.replace(manifest, objects=dict(manifest.objects))
                 changed = _forget_objects(manifest, gone)
                 fresh = FreshRuns(self.folder, manifest)
                 for name, index in items:
@@ -129,7 +129,7 @@ class Store:
                             yield
                 written += fresh.flush()
                 if not changed:
-                    return manifest, runs
+                    return manifest, self._largest_first()
                 live = _liveness(manifest)
                 runs += [Run(self.folder, info) for info in written]
                 runs = [run for run in runs if any(map(live, run.info.spans))]
@@ -140,7 +140,8 @@ class Store:
                 manifest.runs = [run.info for run in runs]
                 self._publish(manifest, {info.token for info in written})
                 written.clear()
-                return self.load()
+                self._runs = {run.info.token: run for run in runs}
+                return manifest, self._largest_first()
             finally:
                 for info in written:
                     (self.folder / info.file_name).unlink(missing_ok=True)
@@ -151,7 +152,7 @@ class Store:
         with reported(self.folder):
             lock = yield from self._lock()
             try:
-                self._publish(self._parse(b""), set())
+                self._publish(self._empty(), set())
             finally:
                 os.close(lock)
 
@@ -162,14 +163,25 @@ class Store:
             return b""
 
     def _parse(self, data: bytes) -> Manifest:
-        """The manifest that was stored, or an empty one if it is not sound, not ours, or of another version."""
-        body = memoryview(data)[len(_MAGIC) + _DIGEST_BYTES :]
-        if data[: len(_MAGIC) + _DIGEST_BYTES] == _MAGIC + xxhash.xxh3_128_digest(body):
-            with suppress(msgspec.MsgspecError):
-                manifest = _decode(body)
-                if manifest.repository_id == self._repository_id:
-                    return manifest
+        """The manifest that was stored, or an empty one if it is not sound, not ours, or of another version.
+
+        Not to be changed: it is kept.
+        """
+        if data != self._known[0]:
+            manifest = self._empty()
+            body = memoryview(data)[len(_MAGIC) + _DIGEST_BYTES :]
+            if data[: len(_MAGIC) + _DIGEST_BYTES] == _MAGIC + xxhash.xxh3_128_digest(body):
+                with suppress(msgspec.MsgspecError):
+                    found = _decode(body)
+                    manifest = found if found.repository_id == self._repository_id else manifest
+            self._known = (data, manifest)
+        return self._known[1]
+
+    def _empty(self) -> Manifest:
         return Manifest(self._repository_id, epoch=os.urandom(8))
+
+    def _largest_first(self) -> list[Run]:
+        return sorted(self._runs.values(), key=lambda run: -run.info.rows)
 
     def _publish(self, manifest: Manifest, new: set[bytes]) -> None:
         """Make the new runs durable, then the manifest; then remove files that nobody names."""
@@ -177,12 +189,14 @@ class Store:
             if info.token in new:
                 _sync(self.folder / info.file_name)
         body = _encode(manifest)
+        data = _MAGIC + xxhash.xxh3_128_digest(body) + body
         draft = self.folder / f"{_MANIFEST}.new"
         with open(draft, "wb", opener=_private) as file:
-            file.write(_MAGIC + xxhash.xxh3_128_digest(body) + body)
+            file.write(data)
             file.flush()
             os.fdatasync(file.fileno())
         draft.rename(self.folder / _MANIFEST)
+        self._known = (data, manifest)
         kept = {info.file_name for info in manifest.runs}
         for path in self.folder.glob("*.run"):
             if path.name not in kept:
@@ -207,14 +221,8 @@ class Store:
 
 def _liveness(manifest: Manifest) -> Callable[[Span], bool]:
     """Whether a span belongs to an index object that the manifest names."""
-    ranges = sorted(manifest.objects.values())
-    firsts = [first for first, _ in ranges]
-
-    def live(span: Span) -> bool:
-        at = bisect_right(firsts, span.first) - 1
-        return at >= 0 and span.first < ranges[at][0] + ranges[at][1]
-
-    return live
+    owners = {first for first, _ in manifest.objects.values()}
+    return lambda span: span.owner in owners
 
 
 def _choose(runs: list[Run], live: Callable[[Span], bool]) -> list[Run]:
@@ -237,14 +245,14 @@ def _forget_objects(manifest: Manifest, gone: Mapping[str, int]) -> bool:
     return bool(same)
 
 
-def _forget_run(manifest: Manifest, bad: RunInfo) -> None:
-    """Take a run that can't be read out of the manifest, with every index object it has a part of."""
-    manifest.runs.remove(bad)
-    firsts = [span.first for span in bad.spans]
-    for name, (first, sections) in list(manifest.objects.items()):
-        at = bisect_left(firsts, first)
-        if at < len(firsts) and firsts[at] < first + sections:
-            del manifest.objects[name]
+def _without_runs(manifest: Manifest, bad: list[RunInfo]) -> Manifest:
+    """The manifest without runs that can't be read, and without every index object they have a part of."""
+    owners = {span.owner for info in bad for span in info.spans}
+    return msgspec.structs.replace(
+        manifest,
+        objects={name: span for name, span in manifest.objects.items() if span[0] not in owners},
+        runs=[info for info in manifest.runs if info not in bad],
+    )
 
 
 def _private(path: str, flags: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,7 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from coffret.engine.mirror_run import Run, Sought
+    from coffret.engine.mirror_run import Run, Sought, Span
 
 DEAD, PENDING, SURE = 0, 1, 2
 
@@ -45,25 +44,23 @@ class View:
 
     def __init__(self, objects: Mapping[str, tuple[int, int]], pending: Collection[str], runs: Sequence[Run]) -> None:
         self.objects = objects
-        ranges = sorted((*span, PENDING if name in pending else SURE) for name, span in objects.items())
-        self._firsts = [first for first, _, _ in ranges]
-        self._ends = [first + sections for first, sections, _ in ranges]
-        self._states = [state for _, _, state in ranges]
+        self._states = {span[0]: PENDING if name in pending else SURE for name, span in objects.items()}
         self.runs = runs
         # A hit in a run all of whose index objects are sure needs no second look.
-        self.sure_runs = [run for run in runs if all(self.state(span.first) == SURE for span in run.info.spans)]
+        state = self._states.get
+        self.sure_runs = [run for run in runs if all(state(span.owner) == SURE for span in run.info.spans)]
         self.other_runs = [run for run in runs if run not in self.sure_runs]
 
-    def state(self, section: int) -> int:
-        """Whether to go by a section: dead, pending or sure."""
-        at = bisect_right(self._firsts, section) - 1
-        return self._states[at] if at >= 0 and section < self._ends[at] else DEAD
+    def state(self, span: Span) -> int:
+        """Whether to go by a span: dead, pending or sure."""
+        return self._states.get(span.owner, DEAD)
 
     def locations(self, chunk_id: bytes, runs: Sequence[Run]) -> Iterator[tuple[int, Location]]:
         """Iterate over a chunk's live locations as (state, location)."""
         for run in runs:
             for _, section, offset, stored, raw, inner, length, codec in run.find(chunk_id):
-                if state := self.state(section):
+                span = run.span(section)
+                if span is not None and (state := self.state(span)):
                     pack, header, size_bytes = run.pack(section)
                     yield state, Location(pack, size_bytes, header, offset, stored, raw, codec, inner, length)
 
@@ -108,6 +105,6 @@ class View:
         """Lists of (pack id, size in bytes), one list an index object or a part of one."""
         for run in self.runs:
             for span in run.info.spans:
-                if self.state(span.first):
+                if self.state(span):
                     sections = range(span.first, span.first + span.sections)
                     yield [(pack, size_bytes) for pack, _, size_bytes in map(run.pack, sections)]

@@ -22,6 +22,11 @@ PREFIX, PEER_PREFIX = "COFFRET_PASSPHRASE", "COFFRET_PEER_PASSPHRASE"
 MAX_PASSPHRASE_BYTES = 64 << 10
 
 
+def passphrase_variables(prefix: str = PREFIX) -> tuple[str, str, str]:
+    """The variables that may give a passphrase: as it is, in a file, by a command."""
+    return prefix, f"{prefix}_FILE", f"{prefix}_COMMAND"
+
+
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:
     """The passphrase that `prefix`, `prefix`_FILE or `prefix`_COMMAND gives; None if none of them is set.
 
@@ -29,7 +34,7 @@ def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) ->
 
     :raises UsageError: if more than one is set, or what is set gives no passphrase
     """
-    names = [name for name in (prefix, f"{prefix}_FILE", f"{prefix}_COMMAND") if name in env]
+    names = [name for name in passphrase_variables(prefix) if name in env]
     if not names:
         return None
     if len(names) > 1:

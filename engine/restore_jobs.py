@@ -103,6 +103,9 @@ class LargeFile:
         fd = os.open(self.temporary, flags, 0o600, dir_fd=folder)
         try:
             reserve(fd, self.meta[3], sparse=sparse or not self._sparse)
+        except OSError:
+            os.unlink(self.temporary, dir_fd=folder)
+            raise
         finally:
             os.close(fd)
 

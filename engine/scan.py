@@ -87,11 +87,16 @@ class Roots:
         for path, reason in missing:
             fault(path, reason)
         self.paths = found
-        self.names = {path.strip(b"/") for path in found}
+        # All that was named, roots or not, and the names of those that lie within roots, by directory.
+        self.names = {path.strip(b"/") for path in absolute} - {path.strip(b"/") for path, _ in missing}
+        self.inner: dict[bytes, set[bytes]] = {}
+        for path in self.names - {path.strip(b"/") for path in found}:
+            directory, _, name = path.rpartition(b"/")
+            self.inner.setdefault(directory, set()).add(name)
         # Directories on the way, and which of their names lead to a root.
         self.ancestors: dict[bytes, list[bytes]] = {}
-        for name in sorted(self.names, key=lambda name: name.split(b"/")):
-            parts = name.split(b"/") if name else []
+        for root in found:
+            parts = root.strip(b"/").split(b"/") if root != b"/" else []
             for depth, part in enumerate(parts):
                 names = self.ancestors.setdefault(b"/".join(parts[:depth]), [])
                 if part not in names:
@@ -191,12 +196,14 @@ class Scanner:
 
     def _list(self, directory: bytes, path: bytes) -> list[os.DirEntry[bytes] | _Child]:
         names = self._roots.ancestors.get(directory)
+        prefix = path if path.endswith(b"/") else path + b"/"
         if names is not None:
-            prefix = path if path.endswith(b"/") else path + b"/"
             return [_Child(prefix + name, name) for name in names]
         with os.scandir(path) as iterator:
             found: list[os.DirEntry[bytes] | _Child] = list(iterator)
         found.sort(key=_NAME)
+        if inner := self._roots.inner.get(directory):
+            found = [_Child(prefix + item.name, item.name) if item.name in inner else item for item in found]
         return found
 
     def _entries(
@@ -229,9 +236,11 @@ class Scanner:
             if scope is not None and scope.excluded(name, is_directory, entry_size(status)):
                 continue
             if is_directory:
-                if (status.st_dev, status.st_ino) in self._options.skip:
-                    continue
                 below = directory + b"/" + name if directory else name
+                if (status.st_dev, status.st_ino) in self._options.skip:
+                    if below in self._roots.names:
+                        self._fault(real + name, "left out: it is the repository, or Coffret's cache or state")
+                    continue
                 if self._enters(below, prefix + name, status, device, on_the_way):
                     deeper.append((below, scope, status.st_dev))
             level = level_of(seed, name)
@@ -256,11 +265,9 @@ class Scanner:
 
     def _enters(self, below: bytes, path: bytes, status: os.stat_result, device: int, on_the_way: bool) -> bool:
         """Whether a directory's content belongs to the backup."""
-        if status.st_dev == device or on_the_way:
+        if status.st_dev == device or on_the_way or below in self._roots.names:
             return True
-        if self._options.one_file_system:
-            return False
-        return below in self._roots.names or file_system_type(path) not in PSEUDO
+        return not self._options.one_file_system and file_system_type(path) not in PSEUDO
 
     def _add(
         self,

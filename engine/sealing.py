@@ -17,13 +17,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from coffret.engine.errors import Damaged, UnsupportedVersion
+from coffret.engine.errors import Damaged
 from coffret.engine.records import ATTEMPT_BYTES, FORMAT_VERSION
 
 TAG_BYTES = 16
 HEADER_BYTES = 64
 MAGIC = b"COFFRET\0"
 # Kinds of objects, in the header in clear: what a name holds can be told without a key, and never be taken for another.
+# A footer is no object: it is the one part of a pack with a key of its own.
 PACK, FOOTER, INDEX, SNAPSHOT, END, LEASE, MARK, REMOVED = (bytes([c]) for c in b"PFISELMR")
 CLEAR, WRAPPED_BY_DATA_KEY = 0, 1
 RAW, ZSTD = 0, 1
@@ -41,24 +42,27 @@ class Secrets:
 
 
 class BlockCipher:
-    """Seals and opens the blocks of one object (one salt). Calls release the GIL and may run in any thread."""
+    """Seals and opens the parts of one object (one salt). Calls release the GIL and may run in any thread.
 
-    __slots__ = ("_aes", "_prefix")
+    `bound` is authenticated with every part, beside its position.
+    """
 
-    def __init__(self, key: bytes | None, prefix: bytes) -> None:
+    __slots__ = ("_aes", "_bound")
+
+    def __init__(self, key: bytes | None, bound: bytes) -> None:
         self._aes = AESGCM(key) if key is not None else None
-        self._prefix = prefix
+        self._bound = bound
 
-    def seal_into(self, data: bytes | memoryview, position: int, target: memoryview, extra: bytes = b"") -> None:
+    def seal_into(self, data: bytes | memoryview, position: int, target: memoryview) -> None:
         """Seal `data` into `target`, which is 16 bytes longer, as the part at `position`."""
         where = position.to_bytes(12, "little")
         if self._aes is not None:
-            self._aes.encrypt_into(where, data, self._prefix + where + extra, target)
+            self._aes.encrypt_into(where, data, self._bound + where, target)
         else:
             target[:-TAG_BYTES] = data
-            target[-TAG_BYTES:] = self._checksum(data, where, extra)
+            target[-TAG_BYTES:] = self._checksum(data, where)
 
-    def open(self, sealed: bytes | memoryview, position: int, extra: bytes = b"") -> bytes | memoryview:
+    def open(self, sealed: bytes | memoryview, position: int) -> bytes | memoryview:
         """Return what was sealed at `position`.
 
         :raises Damaged: if it is not exactly what was sealed there
@@ -68,16 +72,16 @@ class BlockCipher:
             raise Damaged("a sealed part is cut short")
         if self._aes is not None:
             try:
-                return self._aes.decrypt(where, sealed, self._prefix + where + extra)
+                return self._aes.decrypt(where, sealed, self._bound + where)
             except InvalidTag:
                 raise Damaged("a sealed part does not authenticate") from None
         data = memoryview(sealed)[:-TAG_BYTES]
-        if self._checksum(data, where, extra) != bytes(sealed[-TAG_BYTES:]):
+        if self._checksum(data, where) != bytes(sealed[-TAG_BYTES:]):
             raise Damaged("a part does not have its checksum")
         return data
 
-    def _checksum(self, data: bytes | memoryview, where: bytes, extra: bytes) -> bytes:
-        state = xxhash.xxh3_128(self._prefix + where + extra)
+    def _checksum(self, data: bytes | memoryview, where: bytes) -> bytes:
+        state = xxhash.xxh3_128(self._bound + where)
         state.update(data)
         return state.digest()
 
@@ -89,37 +93,38 @@ class Sealer:
         self._data_key = secrets.data_key
         self._repository_id = repository_id
         self.encrypted = bool(secrets.data_key)
+        self._wrap = WRAPPED_BY_DATA_KEY if self.encrypted else CLEAR
 
     def header(self, kind: bytes, attempt: bytes, codec: int = RAW) -> bytes:
         """A new object's clear header, with a fresh salt: 64 bytes."""
-        wrap = WRAPPED_BY_DATA_KEY if self.encrypted else CLEAR
         return b"".join(
-            (MAGIC, bytes((FORMAT_VERSION,)), kind, bytes((wrap, codec)), attempt, bytes(4), os.urandom(32))
+            (MAGIC, bytes((FORMAT_VERSION,)), kind, bytes((self._wrap, codec)), attempt, bytes(4), os.urandom(32))
         )
 
     def cipher(self, header: bytes | memoryview, kind: bytes, name: str = "") -> BlockCipher:
-        """The cipher of the object with this header; kind, repository and name are bound into every part.
+        """The cipher of the object with this header; the header, the repository and the name are bound into every part.
 
-        :raises Damaged: if it is no header, or one of another kind or repository
-        :raises UnsupportedVersion: if a newer version wrote it
+        An object of another version is damage: the config says what all objects are, and never changes.
+
+        :raises Damaged: if it is no header, or not one that such an object of this repository can have
         """
         header = bytes(header[:HEADER_BYTES])
         if len(header) < HEADER_BYTES or header[:8] != MAGIC:
             raise Damaged("not an object of a coffret repository")
         if header[8] != FORMAT_VERSION:
-            raise UnsupportedVersion(f"an object has format version {header[8]}")
-        wrap = WRAPPED_BY_DATA_KEY if self.encrypted else CLEAR
-        if header[9:10] != kind or header[10] != wrap:
+            raise Damaged(f"an object says that it has format version {header[8]}, unlike its repository")
+        if header[9:10] != kind:
             raise Damaged("an object is of another kind than its name says")
-        return self.cipher_like(header, kind, kind, name)
+        if header[10] != self._wrap or header[11] not in (RAW, ZSTD):
+            raise Damaged("an object is encrypted or compressed otherwise than any in its repository")
+        return self.cipher_like(header, kind, name)
 
-    def cipher_like(self, header: bytes, kind: bytes, purpose: bytes, name: str = "") -> BlockCipher:
-        """The cipher for another part of the same object: own key, and `purpose` bound instead of the kind."""
+    def cipher_like(self, header: bytes, purpose: bytes, name: str = "") -> BlockCipher:
+        """The cipher for one purpose within the object with this header, which is taken as it is."""
         key = None
         if self.encrypted:
-            key = HKDF(SHA256(), 32, header[32:64], b"coffret object " + purpose).derive(self._data_key)
-        bound = (MAGIC, header[8:9], kind, purpose, header[10:12], self._repository_id, name.encode(), b"\0")
-        return BlockCipher(key, b"".join(bound))
+            key = HKDF(SHA256(), 32, header[32:], b"coffret object " + purpose).derive(self._data_key)
+        return BlockCipher(key, b"".join((header, purpose, self._repository_id, name.encode(), b"\0")))
 
     def seal(self, kind: bytes, name: str, attempt: bytes, payload: bytes, *, level: int = 3) -> bytes:
         """A whole object: header, then the payload compressed and sealed, bound to its name."""
@@ -129,17 +134,16 @@ class Sealer:
         header = self.header(kind, attempt, codec)
         target = bytearray(HEADER_BYTES + len(body) + TAG_BYTES)
         target[:HEADER_BYTES] = header
-        self.cipher(header, kind, name).seal_into(body, 0, memoryview(target)[HEADER_BYTES:], header)
+        self.cipher(header, kind, name).seal_into(body, 0, memoryview(target)[HEADER_BYTES:])
         return bytes(target)
 
     def open(self, kind: bytes, name: str, data: bytes) -> tuple[bytes, bytes]:
         """Return (attempt, payload) of a whole object.
 
         :raises Damaged: if it is not what was stored under this name
-        :raises UnsupportedVersion: if a newer version wrote it
         """
         try:
-            body = self.cipher(data, kind, name).open(memoryview(data)[HEADER_BYTES:], 0, data[:HEADER_BYTES])
+            body = self.cipher(data, kind, name).open(memoryview(data)[HEADER_BYTES:], 0)
             payload = decompress(body, MAX_OBJECT_BYTES) if data[11] == ZSTD else bytes(body)
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None

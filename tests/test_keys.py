@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import coffret
 from coffret.engine import keys
 from coffret.engine.configuration import (
     MAX_CONFIG_BYTES,
@@ -112,11 +116,13 @@ class TestConfig:
             with pytest.raises((Damaged, UnsupportedVersion)):
                 parse_config(altered)
 
+    @settings(deadline=None)
     @given(st.integers(0, len(CONFIG) - 1))
     def test_cut_short(self, length: int) -> None:
         with pytest.raises(Damaged):
             parse_config(CONFIG[:length])
 
+    @settings(deadline=None)
     @given(st.binary(max_size=200))
     def test_other_bytes(self, data: bytes) -> None:
         with pytest.raises((Damaged, NoRepository, UnsupportedVersion)):
@@ -194,7 +200,7 @@ class TestSlot:
         assert raw["endorsement"] == blake3(unendorsed, key=key).digest()
         assert blake3(GOLDEN_SLOT).hexdigest() == GOLDEN_SLOT_ID
 
-    @settings(max_examples=30)
+    @settings(max_examples=30, deadline=None)
     @given(st.binary(min_size=1, max_size=100), st.text(max_size=300))
     def test_round_trip(self, passphrase: bytes, label: str) -> None:
         secrets = new_secrets(encrypted=True)
@@ -307,6 +313,24 @@ class TestSlot:
         spaced = SLOT.replace(b",", b", ")
         with pytest.raises(Damaged):
             unlock({slot_id_of(spaced): spaced}, PASSPHRASE, HASH)
+
+    def test_too_little_memory(self) -> None:
+        program = """
+import resource
+from pathlib import Path
+from coffret.engine import errors, keys
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (48 << 20), -1))
+try:
+    keys.wrap(keys.new_secrets(encrypted=True), b"s3cr3t", bytes(32), label="")
+except errors.CoffretError as error:
+    print(error)
+"""
+        package = str(Path(next(iter(coffret.__path__))).parent)
+        found = subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONPATH": package}, stdout=subprocess.PIPE, text=True, check=True
+        )
+        assert found.stdout == "not enough memory to try the passphrase: 64 MiB are needed\n"
 
     def test_from_two_threads_at_once(self) -> None:
         """Unguarded, two derivations with several lanes block each other for ever."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.key_samples import CONFIG, FOREIGN, FOREIGN_ID, IDS, SECRETS, SLOTS
@@ -23,6 +22,8 @@ from coffret.engine.ops import passphrases
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+
+    import pytest
 
     from coffret.connectors.base import Buffer, ObjectInfo
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING
 
 import pytest
+from blake3 import blake3
 from tests.key_samples import CHEAP, CONFIG, FOREIGN, FOREIGN_ID, IDS, SECRETS, SLOTS, opens, repository
 
 from coffret.connectors.memory import MemoryConnector
@@ -12,6 +14,7 @@ from coffret.engine.configuration import config_bytes, new_config
 from coffret.engine.errors import (
     Damaged,
     RepositoryChanged,
+    UnsupportedVersion,
     UsageError,
     WrongPassphrase,
 )
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coffret.connectors.base import Buffer
+
+
+BEGIN = "-----BEGIN COFFRET RECOVERY FILE-----"
 
 
 class TestRecovery:
@@ -87,6 +93,16 @@ class TestRecovery:
         for cut in (text[: end - 100], text[:begin], text[:begin] + text[end:]):
             with pytest.raises(Damaged):
                 await recover(MemoryConnector(), cut, b"passphrase 0", label="")
+
+    async def test_of_a_newer_version(self) -> None:
+        text = await export(await repository(1), CONFIG, SECRETS)
+        lines = text.splitlines()
+        body = base64.b64decode("".join(lines[lines.index(BEGIN) + 1 : -1]))[32:].replace(
+            b'"version":0', b'"version":1'
+        )
+        newer = base64.b64encode(blake3(body).digest() + body).decode()
+        with pytest.raises(UnsupportedVersion, match="version 1"):
+            await recover(MemoryConnector(), f"{BEGIN}\n{newer}\n{lines[-1]}", b"passphrase 0", label="")
 
     async def test_another_repository_is_there(self) -> None:
         text = await export(await repository(1), CONFIG, SECRETS)

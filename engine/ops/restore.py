@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import to_thread
 
-from coffret.engine.catalog_reader import Catalog
-from coffret.engine.errors import ChunkMissing, TargetError, UsageError
+from coffret.engine.catalog_reader import Attributes, Catalog
+from coffret.engine.errors import ChunkMissing, Damaged, TargetError, UsageError
 from coffret.engine.fetch import Fetcher, fetch_into
 from coffret.engine.hardlinks import HardLinks
 from coffret.engine.openpool import OpenPool
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from coffret.engine.snapshot import Snapshot
 
 OVERWRITE = ("refuse", "always", "if-changed", "never")
+_NO_ATTRIBUTES = Attributes([], b"")
 # Nodes are sent to a worker this many at a time.
 _NODES = 256
 
@@ -199,13 +200,17 @@ class _Restore:
         wanted = [e for e in entries if not stat.S_ISDIR(e.mode) and self._wanted(directory, e)]
         if self._options.overwrite in ("never", "if-changed") and wanted:
             kept = await to_thread.run_sync(_existing, self._places, place, wanted, self._options.overwrite)
+            for entry in wanted:
+                if self._options.overwrite == "if-changed" and entry.name in kept and _linked(entry):
+                    self._links.keep(place, entry)
             wanted = [entry for entry in wanted if entry.name not in kept]
         files = []
         for entry in wanted:
-            if entry.extra is not None and entry.extra.nlink > 1 and self._links.seen(place, entry):
+            if _linked(entry) and self._links.seen(place, entry, self._places if self._temporary else None):
                 continue
             if not stat.S_ISREG(entry.mode):
-                self._nodes.append(await self._node(place, entry))
+                if (node := await self._node(place, entry)) is not None:
+                    self._nodes.append(node)
             elif entry.size > RESTORE_STREAM_BYTES or (entry.extra is not None and entry.extra.depth):
                 await self._large(place, entry)
             else:
@@ -226,10 +231,22 @@ class _Restore:
             if reason:
                 self._fault(path, reason)
                 continue
+            if (attributes := await self._attributes(path, entry)) is None:
+                continue
             if not self._window.fits(chunks):
                 await self._flush()
-            xattrs, extents = await self._catalog.attributes(entry) if entry.extra is not None else ([], b"")
-            self._window.add(place, entry.name, file_meta(entry, xattrs), chunks, extents, temporary=self._temporary)
+            meta = file_meta(entry, attributes.xattrs)
+            self._window.add(place, entry.name, meta, chunks, attributes.extents, temporary=self._temporary)
+
+    async def _attributes(self, path: bytes, entry: Entry) -> Attributes | None:
+        """An entry's attributes; None, and a fault, if the chunks they are kept in are damaged."""
+        if entry.extra is None:
+            return _NO_ATTRIBUTES
+        try:
+            return await self._catalog.attributes(entry)
+        except Damaged as error:
+            self._fault(path, str(error))
+            return None
 
     async def _flush(self) -> None:
         """Send the window off: fetch its ranges into a slab, and have a worker open them and write the files."""
@@ -257,9 +274,10 @@ class _Restore:
 
     async def _large(self, place: bytes, entry: Entry) -> None:
         """Write a large file in pieces, out of order; it gets its name when all of it is there."""
-        xattrs, extents = await self._catalog.attributes(entry)
         path = place + b"/" + entry.name if place else entry.name
-        large = LargeFile(place, entry.name, file_meta(entry, xattrs), extents)
+        if (attributes := await self._attributes(path, entry)) is None:
+            return
+        large = LargeFile(place, entry.name, file_meta(entry, attributes.xattrs), attributes.extents)
         try:
             await to_thread.run_sync(large.create, self._places, self._options.sparse)
         except OSError as error:
@@ -278,7 +296,7 @@ class _Restore:
                         await self._send_piece(large, window)
                         window = Window(self._pool.slab_bytes)
                     large.add(window, chunk_id, length, location)
-        except ChunkMissing as error:
+        except Damaged as error:
             large.reason = str(error)
         await self._send_piece(large, window)
         large.complete = True
@@ -317,11 +335,13 @@ class _Restore:
             "finish", large.directory, b"" if large.reason else large.name, large.temporary, large.meta, done=done
         )
 
-    async def _node(self, place: bytes, entry: Entry) -> tuple[bytes, bytes, tuple[Any, ...], bytes, int]:
+    async def _node(self, place: bytes, entry: Entry) -> tuple[bytes, bytes, tuple[Any, ...], bytes, int] | None:
         extra = entry.extra
-        xattrs, _ = await self._catalog.attributes(entry) if extra is not None else ([], b"")
+        attributes = await self._attributes(place + b"/" + entry.name if place else entry.name, entry)
+        if attributes is None:
+            return None
         target, rdev = (extra.target, extra.rdev) if extra is not None else (b"", 0)
-        return place, entry.name, file_meta(entry, xattrs), target, rdev
+        return place, entry.name, file_meta(entry, attributes.xattrs), target, rdev
 
     async def _directories(self, directory: bytes, entries: Sequence[Entry]) -> None:
         for entry in reversed(entries):
@@ -332,7 +352,8 @@ class _Restore:
                 continue
             place = self._relative(path)
             parent, _, name = place.rpartition(b"/")
-            self._nodes.append((parent, name, *(await self._node(parent, entry))[2:]))
+            if (node := await self._node(parent, entry)) is not None:
+                self._nodes.append((parent, name, *node[2:]))
         if len(self._nodes) >= _NODES:
             self._flush_nodes()
             await self._pool.drain(below=8)
@@ -372,10 +393,17 @@ def missing(chunks: Sequence[tuple[bytes, int, Any]]) -> str:
     return ""
 
 
+def _linked(entry: Entry) -> bool:
+    return entry.extra is not None and entry.extra.nlink > 1
+
+
 def _existing(places: Places, directory: bytes, entries: Sequence[Entry], policy: str) -> set[bytes]:
     """Names that stay as they are: all that exist, or only those that look the same."""
-    kept = set()
-    folder = places.enter(directory)
+    kept: set[bytes] = set()
+    try:
+        folder = places.enter(directory)
+    except OSError:  # who writes there will say so, for each file
+        return kept
     for entry in entries:
         try:
             status = os.stat(entry.name, dir_fd=folder, follow_symlinks=False)

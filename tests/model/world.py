@@ -23,7 +23,7 @@ from tests.model.layout import (
     encode,
     pack_name,
 )
-from tests.model.maintenance import maintain, merge
+from tests.model.maintenance import maintain, mark, merge
 from tests.model.party import Journal, Party
 from tests.model.reader import check, restore
 from tests.model.stepping import Call, Fate, SteppingConnector, run_now
@@ -46,6 +46,7 @@ def start_backup(party: Party) -> Coroutine[Any, Any, None]:
 ROLES: dict[str, Callable[[Party], Coroutine[Any, Any, None]]] = {
     "backup": start_backup,
     "remove": remove,
+    "mark": mark,
     "maintain": maintain,
     "merge": merge,
     "restore": restore,
