@@ -59,6 +59,12 @@ def scenario_tables(lines: Sequence[Line], table: Table = plain, scale: float | 
     return tables
 
 
+def version_table(lines: Sequence[Line], table: Table = plain) -> str:
+    """How long the programs take to say their version, or nothing if that was not measured."""
+    found = [line for line in lines if isinstance(line, Measurement) and line.dataset is None]
+    return table(["program", "version, s"], [[line.contender, _seconds(line)] for line in found]) if found else ""
+
+
 def dedup_table(lines: Sequence[Line], table: Table = plain) -> str:
     """What the versions of *edits* take, or nothing if that was not measured."""
     runs = [line.run.run for line in lines if isinstance(line, Dedup)]
@@ -145,7 +151,8 @@ def _machine(run: Run) -> str:
     memory = int(machine["memory_bytes"]) / 2**30
     return (
         f"Newest run: {run.time}, commit {run.commit}, {machine['cores']} cores of {machine['cpu']}, {memory:.0f} GiB, "
-        f"Linux {machine['kernel']}, {machine['file_system']}, Python {machine['python']}."
+        f"Linux {machine['kernel']}, {machine['file_system']}, Python {machine['python']}; load average before it "
+        f"{machine['load']}."
     )
 
 

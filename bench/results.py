@@ -28,7 +28,7 @@ class Run(msgspec.Struct, frozen=True):
     run: str
     time: str
     commit: str
-    machine: dict[str, str | int]
+    machine: dict[str, str | float]
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -109,13 +109,14 @@ Line = Measurement | Dedup | Primitives
 def this_run(folder: Path) -> Run:
     """Describe the present: commit of the checkout, machine, and the file system of `folder`."""
     now = time.gmtime()
-    machine: dict[str, str | int] = {
+    machine: dict[str, str | float] = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "file_system": _output("stat", "-f", "-c", "%T", str(folder)),
+        "load": round(os.getloadavg()[0], 2),
     }
     checkout = str(Path(__file__).parent)
     commit = _output("git", "-C", checkout, "describe", "--always", "--dirty", "--abbrev=12") or "unknown"

@@ -17,9 +17,10 @@ from bench.datasets import default_folder, load
 from bench.dedup import measure_dedup
 from bench.measure import CommandFailed, can_drop_caches, run
 from bench.primitives import measure_primitives
-from bench.report import dedup_table, scenario_tables
-from bench.results import DEFAULT_FILE, Measurement, append, this_run
+from bench.report import dedup_table, primitives_table, scenario_tables, version_table
+from bench.results import DEFAULT_FILE, Measurement, Primitives, append, this_run
 from bench.scenarios import Bench, Scenario
+from bench.tables import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         contenders.append(prototype(options.prototype))
     options.dir.mkdir(parents=True, exist_ok=True)
     run_ = this_run(options.dir)
-    print(f"run {run_.run}, commit {run_.commit}: " + ", ".join(contender.name for contender in contenders))
+    _tell(f"run {run_.run}, commit {run_.commit}: " + ", ".join(contender.name for contender in contenders))
     work = options.dir / "work" / run_.run
     work.mkdir(parents=True)
     try:
         for part in options.parts or PARTS:
             for lines in _measure(part, run_, contenders, work, options):
                 append(options.results, lines)
-                print(_table(lines))
+                _tell(_table(lines))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -83,7 +84,7 @@ def _measure(
         sample = load("small", options.dir, scale=options.scale).path
         able = [contender for contender in contenders if contender.again]
         seeds = range(1, options.seeds + 1)
-        yield list(measure_dedup(run_, able, work, seeds, scale=options.scale, sample=sample))
+        yield list(measure_dedup(run_, able, work, seeds, scale=options.scale, sample=sample, tell=_tell))
     elif part == "primitives":
         for name in ("big", "small", "million"):
             yield [measure_primitives(run_, load(name, options.dir, scale=options.scale), work)]
@@ -97,7 +98,7 @@ def _rounds(
     run_: Run, dataset: Dataset, contenders: Sequence[Contender], work: Path, options: argparse.Namespace
 ) -> Iterator[list[Line]]:
     _check_space(dataset, contenders, work)
-    bench = Bench(run_, dataset, contenders, work, _scenarios(options.scenarios))
+    bench = Bench(run_, dataset, contenders, work, _scenarios(options.scenarios), _tell)
     try:
         if not options.no_memory:
             bench.round(0, sampled=True)
@@ -117,7 +118,7 @@ def _scenarios(names: str | None) -> list[Scenario]:
         return [Scenario(name) for name in names.split(",")]
     if can_drop_caches():
         return list(Scenario)
-    print("the page cache can't be dropped by this user: scenario `cold` is left out")
+    _tell("the page cache can't be dropped by this user: scenario `cold` is left out")
     return [scenario for scenario in Scenario if scenario is not Scenario.COLD]
 
 
@@ -162,9 +163,14 @@ def _version_starts(run_: Run, contenders: Sequence[Contender], work: Path, roun
     return list(lines)
 
 
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
 def _table(lines: Sequence[Line]) -> str:
-    tables = [*scenario_tables(lines), dedup_table(lines)]
-    return "\n".join(f"\n{table}\n" for table in tables if table)
+    scale = max((line.dataset.scale for line in lines if isinstance(line, Primitives)), default=1)
+    tables = [version_table(lines), *scenario_tables(lines), dedup_table(lines), primitives_table(lines, scale, plain)]
+    return "\n\n".join(table for table in tables if table) + "\n"
 
 
 if __name__ == "__main__":

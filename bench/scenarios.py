@@ -10,6 +10,7 @@ import enum
 import json
 import shlex
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from bench.contenders import Arguments, Contender
     from bench.datasets import Dataset
     from bench.results import Run
+
+# A file that is read within two seconds of its last change is read again by the next backup, since a later change might
+# show the same time (FAT keeps two seconds); so a round begins when the changes of the one before are older.
+_SETTLE_S = 2.1
 
 
 class Scenario(enum.StrEnum):
@@ -72,6 +77,7 @@ class Bench:
         A `sampled` round finds the peaks of memory and compares what is restored with the source, instead of the time.
         """
         undo(self._dataset)
+        time.sleep(_SETTLE_S)
         self._sampled = sampled
         self._usable.clear()
         start = number % max(1, len(self._contenders))

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coffret.commands.running import Session, common_path, split_target
+from coffret.commands.running import DAMAGE_FOUND, Session, common_path, split_target
 from coffret.display import printable
 from coffret.engine.repository import open_storage
 
 if TYPE_CHECKING:
     from coffret.engine.ops.check import CheckSummary
-
-DAMAGED = 4
 
 
 @click.command(help="Verify snapshots, or, without an argument, the whole repository: every byte, from pack to file.")
@@ -66,4 +64,4 @@ def _report(session: Session, summary: CheckSummary, shown: list[str]) -> int:
         damaged_snapshots=summary.damaged_snapshots,
         damaged_files=summary.damaged_files,
     )
-    return 0 if summary.clean else DAMAGED
+    return 0 if summary.clean else DAMAGE_FOUND

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
 
+# Done, but a snapshot could not be read.
+PARTLY = 3
 TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
@@ -39,9 +41,10 @@ def command(session: Session, snapshot: str | None, recursive: bool) -> int:
     async def list_() -> int:
         async with session.repository() as repository:
             if snapshot is None:
-                for found in (await repository.commits()).snapshots:
+                commits = await repository.commits()
+                for found in commits.snapshots:
                     show_snapshot(session, found)
-                return 0
+                return PARTLY if commits.damaged else 0
             name, path = split_target(snapshot)
             await _entries(session, repository, await repository.find_snapshot(name), path, recursive)
             return 0

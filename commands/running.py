@@ -16,7 +16,7 @@ import anyio
 import click
 
 from coffret.display import Display, terminal
-from coffret.engine.errors import CoffretError, UsageError, WrongPassphrase, reported
+from coffret.engine.errors import CoffretError, Damaged, UsageError, WrongPassphrase, reported
 from coffret.engine.passphrase import passphrase_from_environment, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
+# What `check` says of damage, also where it is so bad that nothing more can be checked.
+DAMAGE_FOUND = 4
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 
@@ -58,7 +60,11 @@ class Session:
                     f"a passphrase is given, but the repository at {self.globals.repository} has no encryption",
                     remedy="unset it if that is intended; otherwise do not trust this storage",
                 )
-            yield opened
+            try:
+                yield opened
+            finally:
+                for note in opened.notes:
+                    self.display.note(note)
 
     def passphrase(self) -> bytes:
         """The passphrase of an existing repository, from the environment, or asked for once on a terminal.
@@ -132,6 +138,8 @@ class Session:
                 f"unexpected {type(inner).__name__}: {inner}",
                 remedy="this is a bug; COFFRET_TRACEBACK=1 tells where, please report it",
             )
+        if self.name == "check" and isinstance(known, Damaged):
+            known.exit_code = DAMAGE_FOUND
         self.display.error(known)
         return known.exit_code
 

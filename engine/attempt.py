@@ -17,7 +17,7 @@ import msgspec
 from coffret.connectors.errors import AlreadyExists, ConnectorError
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
-from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, decode_index, encode
+from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_index, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_snapshot, snapshot_name
 
@@ -43,13 +43,15 @@ class Lease(msgspec.Struct):
 class Attempt:
     """One try. `begin` makes it known and learns the repository's state; `commit` ends it with a snapshot.
 
-    After `begin`: `commits` as listed, `marked` the packs to be swept.
+    After `begin`: `commits` as listed, `marked` the packs to be swept, `damaged` the index objects that can't be read
+    (with the reason): what only they locate is absent.
     """
 
     def __init__(self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str) -> None:
         self.id = os.urandom(ATTEMPT_BYTES)
         self._connector, self._sealer, self._mirror, self._what = connector, sealer, mirror, what
         self.marked: frozenset[bytes] = frozenset()
+        self.damaged: list[tuple[str, str]] = []
         self._leased = False
         self.commits: Commits
 
@@ -68,7 +70,9 @@ class Attempt:
         self.marked = await open_marks(self._connector, self._sealer)
         names = [info.name async for info in self._connector.list("index/")]
         self.commits = await load_commits(self._connector, self._sealer)
-        await update_mirror(self._connector, self._sealer, self._mirror, names, self.commits, own=self.id)
+        self.damaged = await update_mirror(
+            self._connector, self._sealer, self._mirror, names, self.commits, own=self.id
+        )
 
     async def keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
@@ -107,34 +111,40 @@ class Attempt:
 
 
 async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
-    """The packs named by marks that are not done: `trash/<n>` is a sealed list of pack ids."""
+    """The packs named by marks that are not done.
+
+    :raises Damaged: if a mark is
+    """
     names = {info.name async for info in connector.list("trash/")}
     packs: set[bytes] = set()
     for name in names:
         if name.rpartition("/")[2].isdigit() and f"{name}-done" not in names:
             _, payload = sealer.open(sealing.MARK, name, await connector.get(name))
-            packs.update(payload[at : at + ID_BYTES] for at in range(0, len(payload), ID_BYTES))
+            try:
+                ids = decode_mark(payload).packs
+            except UNDECODABLE as error:
+                raise Damaged(f"{name}: {error}") from None
+            packs.update(ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES))
     return frozenset(packs)
 
 
 async def update_mirror(
     connector: Connector, sealer: Sealer, mirror: Mirror, names: list[str], commits: Commits, *, own: bytes = b""
-) -> None:
+) -> list[tuple[str, str]]:
     """Make the mirror's content exactly that of the index objects listed, fetching those it lacks.
 
-    `own` is the caller's attempt, whose index objects it may rely on.
-
-    :raises Damaged: if an index object is
+    `own` is the caller's attempt, whose index objects it may rely on. Returns (name, reason) of those that are damaged:
+    they are left out, and looked at again next time.
     """
+    damaged: list[tuple[str, str]] = []
     wanted = await mirror.reconcile(names, settled={*commits.committed, own.hex()}, revoked=commits.revoked)
 
     async def fetch(name: str, found: list[tuple[str, IndexObject]]) -> None:
-        data = await connector.get(name)
-        _, payload = sealer.open(sealing.INDEX, name, data)
         try:
+            _, payload = sealer.open(sealing.INDEX, name, await connector.get(name))
             found.append((name, decode_index(payload)))
-        except msgspec.MsgspecError as error:
-            raise Damaged(f"{name}: {error}") from None
+        except (Damaged, *UNDECODABLE) as error:
+            damaged.append((name, f"{name}: {str(error).removeprefix(f'{name}: ')}"))
 
     if not wanted:
         await mirror.merge([])
@@ -144,3 +154,4 @@ async def update_mirror(
             for name in wanted[at : at + _AT_ONCE]:
                 group.start_soon(fetch, name, found)
         await mirror.merge(found)
+    return sorted(damaged)

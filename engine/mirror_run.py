@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from coffret.engine.records import ID_BYTES
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 # Chunk id; section; offset, stored and raw bytes and codec of the block; where in the raw block, and how long.
@@ -77,8 +79,14 @@ class RunInfo(msgspec.Struct, array_like=True, frozen=True):
             return False
 
 
-# What is looked for in a run: the first 32 bits of the id, the id, and a number of the caller's.
+# What is looked for in a run: the first 32 bits of the id, the id, and its position.
 Sought = tuple[int, bytes, int]
+_first_bits = struct.Struct(f">I{ID_BYTES - 4}x").iter_unpack
+
+
+def sought(ids: Sequence[bytes]) -> list[Sought]:
+    """Prepare ids for looking them up in several runs."""
+    return [(bits, chunk, n) for n, ((bits,), chunk) in enumerate(zip(_first_bits(b"".join(ids)), ids, strict=True))]
 
 
 class Run:
@@ -114,8 +122,8 @@ class Run:
         self.bits = int(bits)
         self._shift = 32 - self.bits
 
-    def without(self, sought: Iterable[Sought]) -> list[Sought]:
-        """Those of `sought` that are not in this run.
+    def without(self, items: Iterable[Sought]) -> list[Sought]:
+        """Those that are not in this run.
 
         A match that is not at the start of a row would be a coincidence of seven bytes or more of a keyed hash with
         the next, and of the rest with numbers; where the row matters `find` makes sure.
@@ -123,7 +131,7 @@ class Run:
         find, table, shift, row_bytes = self._map.find, self._table, self._shift, ROW.size
         return [
             item
-            for item in sought
+            for item in items
             if find(item[1], table[(bucket := item[0] >> shift)] * row_bytes, table[bucket + 1] * row_bytes) < 0
         ]
 
@@ -157,6 +165,12 @@ class Run:
         return self._map[at : at + self.info.spans[span].sections * PACK.size]
 
     def rows_between(self, piece: int, bits: int) -> tuple[int, int]:
-        """Where in the file the rows lie whose ids begin with the `bits` bits of `piece`; at most `self.bits`."""
+        """Where in the file the rows lie whose ids begin with the `bits` bits of `piece`; at most `self.bits`.
+
+        :raises BadRun: if the table says what can't be
+        """
         step = self.bits - bits
-        return self._table[piece << step] * ROW.size, self._table[(piece + 1) << step] * ROW.size
+        start, end = self._table[piece << step] * ROW.size, self._table[(piece + 1) << step] * ROW.size
+        if not HEADER.size <= start <= end <= self._packs_at:
+            raise BadRun(f"{self.info.file_name} has an altered table")
+        return start, end

@@ -16,14 +16,13 @@ import fcntl
 import os
 import time
 from contextlib import contextmanager, suppress
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
 import xxhash
 
 from coffret.engine.errors import CoffretError, OutOfSpace
-from coffret.engine.mirror_fold import FreshRuns, fold
+from coffret.engine.mirror_fold import FreshRuns, fold, runs_to_fold
 from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
 
 if TYPE_CHECKING:
@@ -36,12 +35,6 @@ _MAGIC = b"coffret mirror 0"
 _DIGEST_BYTES = 16
 _MANIFEST, _LOCK = "manifest", "lock"
 _LOCK_POLL_S = 0.02
-# Which runs are folded: those smaller than FOLD_ROWS together, always, and one that has less than FOLD_FACTOR times the
-# rows of all smaller ones. Growing to 50 M chunks by 100,000 a merge (by 4,096), that leaves 3.0 (4.3) runs on average
-# to look into, and a row is written 9 (14) times; with a factor of 1: 4.5 (6.2) and 6 (12); of 4: 2.7 (4.0), 10 (15).
-_FOLD_ROWS, _FOLD_FACTOR = 1 << 14, 3
-# A run is rewritten when more than this share of its rows is of index objects that are gone.
-_GARBAGE_SHARE = 0.25
 
 
 class Manifest(msgspec.Struct):
@@ -112,6 +105,7 @@ class Store:
 
         :raises Damaged: if an index object holds impossible numbers
         :raises OutOfSpace: if the folder's file system is full
+        :raises CoffretError: if the folder can't be used, or a run is damaged; then the mirror is empty afterwards
         """
         written: list[RunInfo] = []
         with reported(self.folder):
@@ -133,7 +127,7 @@ class Store:
                 live = _liveness(manifest)
                 runs += [Run(self.folder, info) for info in written]
                 runs = [run for run in runs if any(map(live, run.info.spans))]
-                if chosen := _choose(runs, live):
+                if chosen := runs_to_fold(runs, live):
                     folded = yield from fold(self.folder, chosen, live)
                     written.append(folded)
                     runs = [run for run in runs if run not in chosen] + [Run(self.folder, folded)]
@@ -142,6 +136,9 @@ class Store:
                 written.clear()
                 self._runs = {run.info.token: run for run in runs}
                 return manifest, self._largest_first()
+            except BadRun:
+                self._publish(self._empty(), set())  # else every change to come would meet it
+                raise
             finally:
                 for info in written:
                     (self.folder / info.file_name).unlink(missing_ok=True)
@@ -225,18 +222,6 @@ def _liveness(manifest: Manifest) -> Callable[[Span], bool]:
     return lambda span: span.owner in owners
 
 
-def _choose(runs: list[Run], live: Callable[[Span], bool]) -> list[Run]:
-    """The runs to be folded into one now, none or several (or one that is largely garbage)."""
-    sized = sorted(((sum(s.rows for s in run.info.spans if live(s)), run) for run in runs), key=itemgetter(0))
-    count = smaller = 0
-    for n, (rows, _) in enumerate(sized):
-        if n and (rows < _FOLD_ROWS or rows < _FOLD_FACTOR * smaller):
-            count = n + 1
-        smaller += rows
-    wasteful = [run for rows, run in sized[count:] if rows < (1 - _GARBAGE_SHARE) * run.info.rows]
-    return [run for _, run in sized[:count]] + wasteful
-
-
 def _forget_objects(manifest: Manifest, gone: Mapping[str, int]) -> bool:
     """Take index objects out if they are the same that the caller saw; tell whether any was."""
     same = [name for name, first in gone.items() if manifest.objects.get(name, (-1, 0))[0] == first]
@@ -284,5 +269,5 @@ def reported(folder: Path) -> Iterator[None]:
         ) from error
     except BadRun as error:
         raise CoffretError(
-            f"the index cache in {folder} changed under us: {error}", remedy="run the command again"
+            f"the index cache in {folder} is damaged: {error}", remedy="run the command again: it is made anew"
         ) from error

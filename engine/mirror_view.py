@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from coffret.engine.mirror_run import sought
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from coffret.engine.mirror_run import Run, Sought, Span
+    from coffret.engine.mirror_run import Run, Span
 
 DEAD, PENDING, SURE = 0, 1, 2
 
@@ -65,18 +67,19 @@ class View:
                     yield state, Location(pack, size_bytes, header, offset, stored, raw, codec, inner, length)
 
     def sift(self, ids: Sequence[bytes], marked: frozenset[bytes]) -> Sifted:
-        sought: list[Sought] = [(int.from_bytes(chunk[:4], "big"), chunk, n) for n, chunk in enumerate(ids)]
+        """See `Mirror.sift`."""
+        left = sought(ids)
         doubtful = self.runs if marked else self.other_runs
         if not marked:
             for run in self.sure_runs:
-                sought = run.without(sought)
-        nowhere = sought
+                left = run.without(left)
+        nowhere = left
         for run in doubtful:
             nowhere = run.without(nowhere)
         absent, adopt = [n for _, _, n in nowhere], []
-        if len(nowhere) < len(sought):
+        if len(nowhere) < len(left):
             missed = set(absent)
-            for _, chunk, n in sought:
+            for _, chunk, n in left:
                 if n in missed:
                     continue
                 usable = [found for found in self.locations(chunk, doubtful) if found[1].pack not in marked]

@@ -30,13 +30,15 @@ from blake3 import blake3
 
 from coffret.engine.errors import Damaged
 from coffret.engine.frames import put_frame, take_frames
-from coffret.engine.packfile import PackReader, verify_chunks
+from coffret.engine.packfile import MAX_RAW_BYTES, PackReader, verify_chunks
 from coffret.engine.places import Places
 from coffret.engine.sealing import PACK, ZSTD, BlockCipher, Sealer, Secrets
 
 ALIGNMENT = 4096
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNOWNED_MODE = 0o1777
+# Larger than a sealed block is as a rule.
+_SCRATCH_BYTES = 8 << 20
 
 
 class Blocks:
@@ -77,6 +79,7 @@ class OpenWorker:
         self._input = bytearray()
         self._ciphers: dict[bytes, BlockCipher] = {}
         self._zstd = zstandard.ZstdDecompressor()
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
 
     def run(self) -> None:
         """Serve until the socket ends."""
@@ -114,12 +117,19 @@ class OpenWorker:
         :raises Damaged: if it is not what was stored
         """
         header, at, stored, position, raw_bytes, codec = block
+        if raw_bytes > MAX_RAW_BYTES:
+            raise Damaged("a block is larger than any that is made")
         cipher = self._ciphers.get(header)
         if cipher is None:
             if len(self._ciphers) > 256:
                 self._ciphers.clear()
             cipher = self._ciphers[header] = self._sealer.cipher(header, PACK)
-        body = cipher.open(view[at : at + stored], position)
+        sealed = view[at : at + stored]
+        body: bytes | memoryview
+        if codec == ZSTD and stored <= len(self._scratch):
+            body = cipher.open_into(sealed, position, self._scratch)
+        else:
+            body = cipher.open(sealed, position)
         if codec == ZSTD:
             try:
                 if zstandard.frame_content_size(body) != raw_bytes:

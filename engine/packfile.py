@@ -10,12 +10,11 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-import msgspec
 import zstandard
 from blake3 import blake3
 
 from coffret.engine.errors import Damaged
-from coffret.engine.records import ATTEMPT_BYTES, Block, decode_blocks, encode, iter_refs
+from coffret.engine.records import ATTEMPT_BYTES, UNDECODABLE, Block, decode_blocks, encode, iter_refs
 from coffret.engine.sealing import FOOTER, HEADER_BYTES, MAX_OBJECT_BYTES, PACK, RAW, TAG_BYTES, ZSTD, decompress
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 TRAILER = struct.Struct("<II8s")
 TRAILER_MAGIC = b"COFFREND"
+# A block holds one chunk, 64 MiB if a config allows that, or several of 1 MiB together: no table can exhaust memory.
+MAX_RAW_BYTES = 64 << 20
 # Per block and per chunk in the footer before compression: 5 integers and array heads; 36 bytes and a share of them.
 _BLOCK_COST, _REF_COST = 32, 36
 _FOOTER_SLACK = 1024
@@ -45,7 +46,7 @@ class PackBuilder:
         self.attempt = attempt
         self.header = sealer.header(PACK, attempt)
         self._cipher = sealer.cipher(self.header, PACK)
-        self._footer_cipher = sealer.cipher_like(self.header, PACK, FOOTER)
+        self._footer_cipher = sealer.cipher_like(self.header, FOOTER)
         self.used = HEADER_BYTES
         self._footer_bytes = _FOOTER_SLACK
         self.blocks: list[Block] = []
@@ -75,7 +76,7 @@ class PackBuilder:
         table = zstandard.ZstdCompressor(level=3).compress(encode(self.blocks))
         stored = len(table) + TAG_BYTES
         end = self.used + stored
-        self._footer_cipher.seal_into(table, self.used, self.buffer[self.used : end], self.header)
+        self._footer_cipher.seal_into(table, self.used, self.buffer[self.used : end])
         self.buffer[end : end + TRAILER.size] = TRAILER.pack(stored, len(self.blocks), TRAILER_MAGIC)
         end += TRAILER.size
         return blake3(self.buffer[:end]).digest(), end
@@ -108,18 +109,23 @@ class PackReader:
         """
         length = footer_length(tail)
         start = size_bytes - TRAILER.size - length
+        if len(tail) < length + TRAILER.size or start < HEADER_BYTES:
+            raise Damaged("a pack is cut short, or claims a longer block table than it has")
         footer = memoryview(tail)[-TRAILER.size - length : -TRAILER.size]
-        table = self._sealer.cipher_like(self.header, PACK, FOOTER).open(footer, start, self.header)
+        table = self._sealer.cipher_like(self.header, FOOTER).open(footer, start)
         try:
             blocks = decode_blocks(decompress(table, MAX_OBJECT_BYTES))
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise Damaged(f"a block table does not decode: {error}") from None
         at = HEADER_BYTES
         for block in blocks:
-            if block.offset != at or block.codec not in (RAW, ZSTD):
+            if block.offset != at or block.stored_bytes < TAG_BYTES:
                 raise Damaged("the blocks of a pack do not follow one another")
+            if block.raw_bytes > MAX_RAW_BYTES or block.codec not in (RAW, ZSTD):
+                raise Damaged("a pack has a block larger or compressed otherwise than any that is made")
             at += block.stored_bytes
-        if at != start:
+        _, count, _ = TRAILER.unpack_from(tail, len(tail) - TRAILER.size)
+        if at != start or len(blocks) != count:
             raise Damaged("the blocks of a pack do not fill it")
         return blocks
 
@@ -131,6 +137,8 @@ def open_block(
 
     :raises Damaged: if it is not exactly what was sealed there
     """
+    if raw_bytes > MAX_RAW_BYTES or codec not in (RAW, ZSTD):
+        raise Damaged("a block is larger or compressed otherwise than any that is made")
     body = cipher.open(stored, offset)
     data = decompress(body, raw_bytes) if codec == ZSTD else body
     if len(data) != raw_bytes:
@@ -141,7 +149,7 @@ def open_block(
 def footer_length(tail: bytes | memoryview) -> int:
     """Stored length of the footer, from the last bytes (16 or more) of a pack.
 
-    :raises Damaged: if they are no trailer, or claim more than there is
+    :raises Damaged: if they are no trailer
     """
     if len(tail) < TRAILER.size:
         raise Damaged("a pack is cut short")

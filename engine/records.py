@@ -8,7 +8,7 @@ without structure since a file has one per MiB.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -129,6 +129,23 @@ class IndexObject(msgspec.Struct, omit_defaults=True):
     slots: dict[str, bytes] = {}
 
 
+class Mark(msgspec.Struct):
+    """`trash/<n>`: packs to be swept, as their ids one behind the other."""
+
+    packs: bytes
+
+
+class End(msgspec.Struct):
+    """`snapshots/<attempt>` where there is no snapshot: how the attempt ended, and when (ns since 1970, UTC).
+
+    "revoked": it was taken for dead, and its index objects are ignored. "maintained": it was maintenance and has
+    committed. "swept": its snapshot was removed, and what only that needed may be gone. Both leave its index good.
+    """
+
+    outcome: Literal["revoked", "maintained", "swept"]
+    time_ns: int
+
+
 class Counts(msgspec.Struct):
     """What a snapshot holds, and what making it took."""
 
@@ -202,9 +219,13 @@ class Config(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
+# What decoding raises: beside its own errors, msgspec lets pass those of bad UTF-8 and of nesting in what it skips.
+UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 decode_index = msgspec.msgpack.Decoder(IndexObject).decode
 decode_page = msgspec.msgpack.Decoder(list[Section]).decode
 decode_node = msgspec.msgpack.Decoder(list[PageRef]).decode
+decode_mark = msgspec.msgpack.Decoder(Mark).decode
+decode_end = msgspec.msgpack.Decoder(End).decode
 decode_header = msgspec.msgpack.Decoder(SnapshotHeader).decode
 decode_blocks = msgspec.msgpack.Decoder(list[Block]).decode
 decode_xattrs = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]]).decode

@@ -86,7 +86,8 @@ class Repository:
 
             names = [info.name async for info in self.connector.list("index/")]
             self._commits = await load_commits(self.connector, self.sealer)
-            await update_mirror(self.connector, self.sealer, self.mirror, names, self._commits)
+            damaged = await update_mirror(self.connector, self.sealer, self.mirror, names, self._commits)
+            self.notes += [f"left out, since it is damaged: {reason}" for _, reason in self._commits.damaged + damaged]
         return self._commits
 
     async def find_snapshot(self, text: str) -> Snapshot:
@@ -193,13 +194,13 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
     data = configuration.config_bytes(config)
     async with open_connector(url, options.connector) as connector:
         await connector.create()
-        await _probe(connector)
         taken = UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
         try:
             await connector.stat(CONFIG)
             raise taken
         except NotFound:
             pass
+        await _probe(connector)
         if passphrase is not None:
             label = f"{os.uname().nodename}"
             slot_id, slot = await to_thread.run_sync(
@@ -299,7 +300,8 @@ async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 
 async def _config(connector: Connector, url: str) -> bytes:
     try:
-        return await connector.get(CONFIG)
+        size_bytes = (await connector.stat(CONFIG)).size_bytes
+        return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
     except NotFound:
         raise NoRepository(f"no repository at {url}") from None
 

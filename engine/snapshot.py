@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
-import msgspec
 
 from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
-from coffret.engine.records import SnapshotHeader, decode_header, encode
+from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +49,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Commits:
-    """What stands in snapshots/: snapshots by time, the names of attempts that ended, and objects that are damaged."""
+    """What stands in snapshots/: snapshots by time, the names of attempts that ended, and objects that are damaged.
+
+    An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
+    writer that relies on it says it anew.
+    """
 
     snapshots: list[Snapshot]
     committed: frozenset[str]
@@ -77,11 +80,23 @@ def open_snapshot(sealer: Sealer, name: str, data: bytes) -> Snapshot:
     attempt, payload = sealer.open(sealing.SNAPSHOT, name, data)
     try:
         header = decode_header(payload)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Damaged(f"{name}: {error}") from None
     if name != snapshot_name(attempt) or len(header.snapshot_id) != 16:
         raise Damaged(f"{name}: does not belong to its name")
     return Snapshot(attempt, header)
+
+
+def open_end(sealer: Sealer, name: str, data: bytes) -> End:
+    """How an attempt ended without a snapshot, from its object.
+
+    :raises Damaged: if it is not what was stored
+    """
+    _, payload = sealer.open(sealing.END, name, data)
+    try:
+        return decode_end(payload)
+    except UNDECODABLE as error:
+        raise Damaged(f"{name}: {error}") from None
 
 
 async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
@@ -96,8 +111,8 @@ async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
         try:
             data = await connector.get(name)
             if sealing.kind_of(data) == sealing.END:
-                sealer.open(sealing.END, name, data)
-                revoked.add(name.partition("/")[2])
+                if open_end(sealer, name, data).outcome == "revoked":
+                    revoked.add(name.partition("/")[2])
                 return
             snapshot = open_snapshot(sealer, name, data)
         except NotFound:
@@ -115,8 +130,8 @@ async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
             for name in names[at : at + _AT_ONCE]:
                 group.start_soon(load, name)
     snapshots = sorted(found.values(), key=lambda snapshot: (snapshot.header.time_ns, snapshot.id))
-    ended = frozenset(name.partition("/")[2] for name in names)
-    return Commits(snapshots, ended - revoked, frozenset(revoked), sorted(damaged))
+    committed = frozenset(name.partition("/")[2] for name in {*names}.difference(name for name, _ in damaged))
+    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged))
 
 
 def find_snapshot(snapshots: Sequence[Snapshot], text: str) -> Snapshot:

@@ -101,12 +101,14 @@ def path_of(message: Mapping[str, Any]) -> bytes:
 class Program:
     """`coffret` as a subprocess: HOME, cache, state and repository are below `home`, nothing else is inherited.
 
-    `uid`: run as this user, who must own `home`. `environment` is added to the little there is.
+    `uid`: run as this user, who must own `home`. `environment` is added to the little there is; `prefix` are the words
+    of a program that runs it, such as unshare.
     """
 
     home: Path
     uid: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
 
     @property
     def repository(self) -> Path:
@@ -159,7 +161,7 @@ class Program:
         if self.uid is not None and self.uid != os.geteuid():
             drop = {"user": self.uid, "group": self.uid, "extra_groups": []}
         return subprocess.Popen(
-            [python, "-m", "coffret", *arguments],
+            [*self.prefix, python, "-m", "coffret", *arguments],
             env=environment,
             cwd=cwd or self.home,
             stdin=stdin,

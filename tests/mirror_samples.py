@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from blake3 import blake3
 
-from coffret.engine import mirror_fold, mirror_store
+from coffret.engine import mirror_fold
 from coffret.engine.mirror import Location, Mirror, attempt_of
 from coffret.engine.records import Block, IndexObject, PackTable, pack_ref
 
@@ -104,5 +104,5 @@ def small_runs() -> Iterator[None]:
         patch.setattr(mirror_fold, "_PIECE_ROWS", 8)
         patch.setattr(mirror_fold, "_BUCKET_ROWS", 4)
         patch.setattr(mirror_fold, "_WRITE_BYTES", 100)
-        patch.setattr(mirror_store, "_FOLD_ROWS", 4)
+        patch.setattr(mirror_fold, "_FOLD_ROWS", 4)
         yield

@@ -44,13 +44,13 @@ async def test_many_chunks_through_real_folding(tmp_path: Path) -> None:
     async with await Mirror.open(tmp_path, REPOSITORY) as mirror:
         objects = {}
         for attempt in range(6):
-            numbers = range(attempt * 30_000, (attempt + 1) * 30_000 + 1000)
-            objects[name(attempt)] = index({f"{attempt} {at}": numbers[at : at + 500] for at in range(0, 31_000, 500)})
+            numbers = range(attempt * 12_000, (attempt + 1) * 12_000 + 1000)
+            objects[name(attempt)] = index({f"{attempt} {at}": numbers[at : at + 500] for at in range(0, 13_000, 500)})
             await refresh(mirror, objects)
-        ids = [chunk(number) for number in range(-1000, 181_000)]
+        ids = [chunk(number) for number in range(-1000, 73_000)]
         assert (await mirror.sift(ids)).absent == list(range(1000))
         where = await mirror.locate(ids)
-        assert [found.length if found else 0 for found in where[1000::97]] == list(range(1, 181_001, 97))
+        assert [found.length if found else 0 for found in where[1000::97]] == list(range(1, 73_001, 97))
         # A part of them goes: its rows are purged when they are much of a run.
         for gone in (0, 2, 4):
             del objects[name(gone)]
@@ -58,12 +58,12 @@ async def test_many_chunks_through_real_folding(tmp_path: Path) -> None:
         absent = (await mirror.sift(ids)).absent
         assert absent == [n for n in range(len(ids)) if chunk_is_gone(n - 1000)]
         rows = sum(path.stat().st_size for path in files(tmp_path, "*.run")) / 57
-        assert rows < 31_000 * 3 * 1.25
+        assert rows < 13_000 * 3 * 1.4
 
 
 def chunk_is_gone(number: int) -> bool:
     """Whether a chunk of the test above was only in attempts 0, 2 and 4: the others reach 1,000 into the next."""
-    owner, within = divmod(number, 30_000)
+    owner, within = divmod(number, 12_000)
     return number < 0 or (owner % 2 == 0 and not (within < 1000 and owner > 0))
 
 

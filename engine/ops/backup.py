@@ -7,7 +7,7 @@ import os
 import pwd
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,7 +19,7 @@ from coffret.engine import settings
 from coffret.engine.attempt import Attempt
 from coffret.engine.catalog import Cutter
 from coffret.engine.catalog_reader import ParentCursor
-from coffret.engine.errors import LeaseLost
+from coffret.engine.errors import ChunkMissing, LeaseLost, reported
 from coffret.engine.fetch import Fetcher
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
@@ -96,8 +96,17 @@ async def backup(
     for _ in range(_ATTEMPTS - 1):
         try:
             return await _try(repository, source, options, progress)
-        except LeaseLost:
-            progress.note("another process ended this attempt; trying again")
+        except Exception as error:
+            cause = reported(error)
+            if isinstance(source, StreamSource):  # it can't be read again
+                raise
+            if isinstance(cause, LeaseLost):
+                progress.note("another process ended this attempt; trying again")
+            elif isinstance(cause, ChunkMissing) and not options.force:
+                progress.note(f"the last snapshot can't be read, so all files are: {cause}")
+                options = replace(options, force=True)
+            else:
+                raise
     return await _try(repository, source, options, progress)
 
 
@@ -108,6 +117,8 @@ async def _try(
     async with anyio.create_task_group() as group:
         try:
             await work.attempt.begin(lease=not options.dry_run)
+            for _, reason in work.attempt.damaged:
+                progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
             if not options.dry_run:
                 group.start_soon(work.attempt.keep)
             await work.run()
@@ -151,7 +162,9 @@ class _Backup:
         """Store everything, and make the index durable: what is left is the commit."""
         repository, options = self._repository, self._options
         connector: Connector = Discarding(repository.connector) if options.dry_run else repository.connector
-        if not options.force:
+        # While packs are marked to be swept, what the parent has must be looked up like anything else.
+        # And what only a damaged index object locates is not there.
+        if not options.force and not self.attempt.marked and not self.attempt.damaged:
             self._parent = find_parent(self.attempt.commits.snapshots, self._host, self._paths)
         known = KnownChunks(repository.mirror, marked=self.attempt.marked)
         self._index = index = IndexWriter(

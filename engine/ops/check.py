@@ -117,7 +117,7 @@ class _Check:
 
     def _object_fault(self, name: str, reason: str) -> None:
         self.summary.damaged_objects.append(name)
-        self._progress.fault(name.encode(), reason)
+        self._progress.fault(name.encode(), reason.removeprefix(f"{name}: "))
 
     async def objects(self) -> None:
         """Verify what is neither pack nor catalog: index objects (as they are read below), snapshots, removals."""
@@ -202,16 +202,21 @@ class _Check:
             self._progress.fault(where.encode(), reason)
 
     async def _sizes(self) -> None:
-        """Compare the packs there are with those the index names."""
+        """Compare the packs there are with those that the index objects name, which are read anew."""
         found = {}
         async for info in self._connector.list("packs/"):
-            found[bytes.fromhex(info.name.rpartition("/")[2])] = info.size_bytes
-        async for batch in self._repository.mirror.packs():
-            for pack, size_bytes in batch:
-                if pack not in found:
-                    self._pack_faults(pack, [(-1, "the pack is missing")])
-                elif found[pack] != size_bytes:
-                    self._pack_faults(pack, [(-1, f"{found[pack]} bytes instead of {size_bytes}")])
+            found[info.name] = info.size_bytes
+        seen: set[bytes] = set()
+        for name in [info.name async for info in self._connector.list("index/")]:
+            for table in await self._tables(name):
+                if table.pack in seen:
+                    continue
+                seen.add(table.pack)
+                size_bytes = found.get(pack_name(table.pack))
+                if size_bytes is None:
+                    self._pack_faults(table.pack, [(-1, "the pack is missing")])
+                elif size_bytes != table.size_bytes:
+                    self._pack_faults(table.pack, [(-1, f"{size_bytes} bytes instead of {table.size_bytes}")])
         self.summary.packs = len(found)
 
     async def needed(self, targets: Sequence[tuple[Snapshot, bytes | None]]) -> set[bytes]:

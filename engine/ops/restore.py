@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import time
@@ -13,7 +15,7 @@ import anyio
 from anyio import to_thread
 
 from coffret.engine.catalog_reader import Attributes, Catalog
-from coffret.engine.errors import ChunkMissing, Damaged, TargetError, UsageError
+from coffret.engine.errors import ChunkMissing, Damaged, OutOfSpace, TargetError, UsageError
 from coffret.engine.fetch import Fetcher, fetch_into
 from coffret.engine.hardlinks import HardLinks
 from coffret.engine.openpool import OpenPool
@@ -35,6 +37,7 @@ OVERWRITE = ("refuse", "always", "if-changed", "never")
 _NO_ATTRIBUTES = Attributes([], b"")
 # Nodes are sent to a worker this many at a time.
 _NODES = 256
+_FULL = {os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,15 @@ async def restore(
         progress.files_total, progress.size_total = snapshot.header.counts.files, snapshot.header.counts.size_bytes
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     places = Places(root)
+    work = None
     try:
         async with pool, anyio.create_task_group() as group:
             work = _Restore(fetcher, catalog, pool, group, places, start, base, named, options, progress)
             await work.run()
+    except BaseException:
+        if work is not None:
+            work.clear()
+        raise
     finally:
         places.close()
         os.close(root)
@@ -168,6 +176,8 @@ class _Restore:
         self._window = Window(pool.slab_bytes)
         self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
         self._links = HardLinks()
+        # What workers are at: to be cleared away if they are killed.
+        self._begun: dict[int, LargeFile | Window] = {}
         # Some names may be taken: files are made under another and renamed.
         self._temporary = options.overwrite != "refuse"
 
@@ -254,6 +264,7 @@ class _Restore:
         if not window.groups:
             return
         slab = await self._pool.acquire()
+        self._begun[id(window)] = window
         self._group.start_soon(self._fetch, window, slab, "files", (window.groups,), partial(self._written, window))
 
     async def _fetch(
@@ -263,6 +274,7 @@ class _Restore:
         self._pool.submit(kind, blocks, *arguments, slab=slab, done=done)
 
     def _written(self, window: Window, faults: list[tuple[bytes, str]]) -> None:
+        del self._begun[id(window)]
         failed = {path for path, _ in faults}
         for path, reason in faults:
             self._fault(path, reason)
@@ -279,8 +291,10 @@ class _Restore:
             return
         large = LargeFile(place, entry.name, file_meta(entry, attributes.xattrs), attributes.extents)
         try:
+            self._begun[id(large)] = large
             await to_thread.run_sync(large.create, self._places, self._options.sparse)
         except OSError as error:
+            del self._begun[id(large)]
             self._fault(path, error.strerror or str(error))
             return
         window = Window(self._pool.slab_bytes)
@@ -324,6 +338,7 @@ class _Restore:
         path = large.directory + b"/" + large.name if large.directory else large.name
 
         def done(faults: list[tuple[bytes, str]]) -> None:
+            del self._begun[id(large)]
             for fault in faults:
                 self._fault(*fault)
             if not large.reason:
@@ -374,7 +389,26 @@ class _Restore:
 
         self._pool.submit("nodes", nodes, done=done, ordered=True)
 
+    def clear(self) -> None:
+        """After the workers were killed: remove what they had begun to write and not finished."""
+        for begun in self._begun.values():
+            if isinstance(begun, LargeFile):
+                self._remove(begun.directory, begun.temporary, None)
+                continue
+            for directory, files in begun.groups:
+                for name, temporary, meta, *_ in files:
+                    self._remove(directory, temporary or name, None if temporary else meta[4])
+
+    def _remove(self, directory: bytes, name: bytes, finished_ns: int | None) -> None:
+        """Remove a file, but not one that has its final mtime: that is set last."""
+        with contextlib.suppress(OSError):
+            folder = self._places.enter(directory)
+            if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns != finished_ns:
+                os.unlink(name, dir_fd=folder)
+
     def _fault(self, path: bytes, reason: str) -> None:
+        if reason in _FULL:  # it would be the same for all that follows
+            raise OutOfSpace(f"{os.fsdecode(path)}: {reason}", remedy="choose a target with more space")
         self._progress.fault(path, reason)
 
     def _done(self, path: bytes, size_bytes: int) -> None:

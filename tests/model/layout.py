@@ -72,13 +72,11 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
 
 Body = TypeVar("Body", Pack, Index, End, Mark, Seen, Note)
 encode = msgspec.msgpack.Encoder().encode
-_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in (Pack, Index, End, Mark, Seen, Note)}
 
 
 def decode(data: bytes, kind: type[Body]) -> Body:
     """Decode an object's body."""
-    body: Body = _decoders[kind].decode(data)
-    return body
+    return msgspec.msgpack.decode(data, type=kind)
 
 
 def pack_name(pack: str) -> str:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.model.layout import (
-    INDEX, LEASES, PACKS, SNAPSHOTS, TRASH, End, Index, Kind, Mark, Note, Pack, Seen, attempt_of, pack_name,
+    INDEX,
+    LEASES,
+    PACKS,
+    SNAPSHOTS,
+    TRASH,
+    End,
+    Index,
+    Kind,
+    Mark,
+    Note,
+    Pack,
+    Seen,
+    attempt_of,
+    pack_name,
 )
 from tests.model.rules import Rule
 from tests.model.view import Marks, View, list_marks, look, look_closely
@@ -17,10 +30,7 @@ if TYPE_CHECKING:
 async def maintain(party: Party) -> None:
     """Mark when nothing is marked, else try to sweep; again and again."""
     for _ in range(party.random.randint(2, 6)):
-        marks = await list_marks(party)
-        if marks.open and (party.keeps(Rule.SINGLE_MARK) or party.chance(0.5)):
-            await sweep(party, party.random.choice(sorted(marks.open)))
-        else:
+        if not await sweep(party) or not party.keeps(Rule.SINGLE_MARK):
             await mark(party)
 
 
@@ -73,8 +83,14 @@ async def record_seen(party: Party, number: int) -> Seen:
     return await party.fetch(name, Seen) or seen
 
 
-async def sweep(party: Party, number: int) -> None:
-    """Sweep a mark once the attempts that may not know of it have ended; until then end one that seems dead."""
+async def sweep(party: Party) -> bool:
+    """Sweep what is marked, if the attempts that may not know of it have ended; else end one that seems dead.
+
+    Return whether anything is marked.
+    """
+    if not (open_marks := (await list_marks(party)).open):
+        return False
+    number = party.random.choice(sorted(open_marks))
     early = None if party.keeps(Rule.LIST_ANEW) else await look_closely(party)
     seen = await record_seen(party, number)
     waiting = seen.attempts - await party.names(SNAPSHOTS)
@@ -83,7 +99,7 @@ async def sweep(party: Party, number: int) -> None:
     if waiting and party.keeps(Rule.WAIT):
         if party.chance(0.4):
             await party.tombstone(party.random.choice(sorted(waiting)), by=party.new_id("t"))
-        return
+        return True
     if party.keeps(Rule.GRACE):
         party.store.deliver_all()
     attempt = party.new_id("m")
@@ -99,6 +115,7 @@ async def sweep(party: Party, number: int) -> None:
     else:
         await party.commit(attempt, End(Kind.MAINTENANCE, attempt))
     await party.drop_lease(attempt)
+    return True
 
 
 async def replace(party: Party, attempt: str, view: View, marks: Marks, number: int) -> bool:
@@ -179,7 +196,8 @@ async def put_swept(party: Party, attempt: str, view: View) -> None:
         removed = end.kind is Kind.SNAPSHOT and owner in view.removed
         if party.keeps(Rule.NAMES_STAY_TAKEN):
             if removed:
-                await party.put(SNAPSHOTS + owner, End(Kind.SWEPT, attempt))
+                swept = party.mirror[SNAPSHOTS + owner] = End(Kind.SWEPT, attempt)
+                await party.put(SNAPSHOTS + owner, swept)
         elif removed or end.kind is Kind.TOMBSTONE:
             await party.store.delete(SNAPSHOTS + owner)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from coffret.connectors.errors import AlreadyExists, ConnectionLost, NotFound
-
-from tests.model.layout import LEASES, SNAPSHOTS, End, Kind, Note, Pack, decode, encode, pack_name
+from tests.model.layout import LEASES, SNAPSHOTS, End, Kind, Note, Pack, decode, encode
 from tests.model.rules import Rule
+
+from coffret.connectors.errors import AlreadyExists, ConnectionLost, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

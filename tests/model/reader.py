@@ -20,31 +20,28 @@ async def restore(party: Party) -> None:
     attempt = party.random.choice(sorted(snapshots))
     view.index = await list_index(party)
     for chunk in sorted(snapshots[attempt].chunks):
-        found = await read_chunk(party, attempt, chunk, view)
-        if found is None:
+        if (found := await find_chunk(party, attempt, chunk, view)) is None:
             return
         view = found
 
 
-async def read_chunk(party: Party, attempt: str, chunk: str, view: View) -> View | None:
-    """Read one chunk; return the view it was found by, or None if it was given up."""
-    missed: set[str] = set()  # packs found missing before the last listing began
-    relisted = 0
-    view.whole = False  # the first listing is any listing
+async def find_chunk(party: Party, attempt: str, chunk: str, view: View) -> View | None:
+    """Read one chunk; return the view by which it was found, None if it is damaged or its snapshot was removed."""
+    missed: set[str] = set()  # packs found missing before the listing that `view` is began
+    relistings = 0
     while True:
         places = view.committed().get(chunk, set())
         for pack in sorted(places - missed):
             if (body := await party.fetch(pack_name(pack), Pack)) and chunk in body.chunks:
                 return view
-        if not (view.snapshots().get(attempt) or not party.keeps(Rule.REMOVED_IS_NOT_DAMAGE)):
+        if relistings and party.keeps(Rule.REMOVED_IS_NOT_DAMAGE) and attempt not in view.snapshots():
             return None
-        once = relisted > 0 and not party.keeps(Rule.WHOLE_LISTING)
-        if not party.keeps(Rule.RELIST) or once or (view.whole and places <= missed):
+        proven = places <= missed and (view.whole or not party.keeps(Rule.WHOLE_LISTING))
+        if (relistings and (proven or not party.keeps(Rule.RELIST_ON))) or not party.keeps(Rule.RELIST):
             party.journal.damage.append(f"restore: chunk {chunk} of {attempt} is nowhere")
             return None
         missed |= places
-        view = await look_closely(party)
-        relisted += 1
+        view, relistings = await look_closely(party), relistings + 1
 
 
 async def check(party: Party) -> None:

@@ -44,5 +44,6 @@ class Rule(Enum):
     MERGE_FENCE = "what an index object of a tombstoned attempt names is not merged"
     # Readers
     RELIST = "a missing index or pack is looked for again after a re-listing"
-    WHOLE_LISTING = "damage is called only by a listing during which no maintenance ended, begun after the miss"
+    RELIST_ON = "it is damage only when a listing begun after the miss names no other place"
+    WHOLE_LISTING = "and when no maintenance ended during that listing"
     REMOVED_IS_NOT_DAMAGE = "a snapshot removed while it is read is not damaged"

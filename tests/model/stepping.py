@@ -37,6 +37,9 @@ class Call:
     method: str
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.method} {self.name}"
+
 
 @types.coroutine
 def turn(call: Call) -> Generator[Call, Fate, Fate]:

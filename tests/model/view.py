@@ -81,7 +81,7 @@ class View:
 
 async def list_marks(party: Party) -> Marks:
     """List trash and fetch the open marks."""
-    marks, ended, numbers = Marks(), set(), set()
+    marks, numbers, ended = Marks(), set[int](), set[int]()
     for name in await party.names(TRASH):
         number, _, suffix = name.partition("-")
         {"": numbers, "seen": marks.seen, "done": ended}[suffix].add(int(number))

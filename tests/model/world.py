@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from random import Random
 from typing import TYPE_CHECKING, Any
-
-from coffret.connectors.memory import MemoryConnector
 
 from tests.model.layout import (
     INDEX,
@@ -23,14 +19,17 @@ from tests.model.layout import (
     encode,
     pack_name,
 )
-from tests.model.maintenance import maintain, mark, merge
+from tests.model.maintenance import maintain, mark, merge, sweep
 from tests.model.party import Journal, Party
 from tests.model.reader import check, restore
 from tests.model.stepping import Call, Fate, SteppingConnector, run_now
 from tests.model.writer import back_up, remove
 
+from coffret.connectors.memory import MemoryConnector
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from random import Random
 
     from tests.model.rules import Rule
 
@@ -43,10 +42,11 @@ def start_backup(party: Party) -> Coroutine[Any, Any, None]:
     return back_up(party, frozenset(chunks), wants_parent=party.chance(0.5))
 
 
-ROLES: dict[str, Callable[[Party], Coroutine[Any, Any, None]]] = {
+ROLES: dict[str, Callable[[Party], Coroutine[Any, Any, object]]] = {
     "backup": start_backup,
     "remove": remove,
     "mark": mark,
+    "sweep": sweep,
     "maintain": maintain,
     "merge": merge,
     "restore": restore,
@@ -59,7 +59,7 @@ class Actor:
     """One process: its role, where it stands, and the call it is about to make."""
 
     role: str
-    coroutine: Coroutine[Call, Fate | None, None]
+    coroutine: Coroutine[Call, Fate | None, object]
     pending: Call
 
 
@@ -84,13 +84,15 @@ class World:
         ):
             run_now(self._inner.put(name, [encode(body)]))
 
-    def start(self, role: str, random: Random | None = None) -> None:
+    def start(self, role: str, random: Random | None = None) -> Actor:
         """Let a new actor come as far as its first storage call."""
         random = random or self.random
         mirror = self._mirror if random.random() < 0.7 else {}
         party = Party(self.store, self.left_out, random, self.journal, mirror)
         coroutine = ROLES[role](party)
-        self.actors.append(Actor(role, coroutine, coroutine.send(None)))
+        actor = Actor(role, coroutine, coroutine.send(None))
+        self.actors.append(actor)
+        return actor
 
     def step(self, actor: Actor, fate: Fate = Fate.DONE) -> bool:
         """Make the actor's pending call and let it come to the next; return whether there is one.

@@ -1,0 +1,329 @@
+"""Whatever lies where a repository is expected: one clear line, the right exit code, and nothing stored is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from tests import fault_harness
+from tests.fault_harness import PASSPHRASE, Here, contents, make_source, objects, put_in_place, replace_tree
+from tests.harness import Program, needs_root
+
+from coffret.engine.configuration import config_bytes
+from coffret.engine.ops import check, restore
+from coffret.engine.records import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KINDS = ("config", "keys", "packs", "index", "snapshots")
+DAMAGES = ("emptied", "cut by a byte", "cut in half", "swapped", "deleted")
+REGIONS = {
+    "config": {"beginning": 1, "id": 40, "middle": 150, "end": -3},
+    "keys": {"beginning": 1, "middle": 200, "end": -3},
+    "index": {"magic": 0, "version": 8, "salt": 40, "body": 80, "end": -1},
+    "snapshots": {"version": 8, "kind": 9, "attempt": 14, "salt": 40, "body": 80},
+    "packs": {"magic": 0, "version": 8, "salt": 40, "block": 80, "footer": -30, "length": -16, "end": -1},
+}
+CASES = [
+    *((kind, damage) for kind in KINDS for damage in DAMAGES),
+    *((kind, f"one byte: {region}") for kind in KINDS for region in REGIONS[kind]),
+]
+# What each command may answer; 0 where the command does not look at what is damaged.
+ANSWERS = {"config": (1, 2, 4, 10), "keys": (0, 1, 4, 12)}
+# Damage that nothing tells from what is meant to be: a snapshot that never was, content that a fast check passes over.
+UNSEEN = {("snapshots", "deleted")}
+
+
+@pytest.fixture(autouse=True)
+def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are what costs time here."""
+    monkeypatch.setattr(check, "OPEN_WORKERS", 1)
+    monkeypatch.setattr(restore, "OPEN_WORKERS", 1)
+
+
+class Stage:
+    """A home whose repository can be put back as it was: two snapshots, each with an index object and packs."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.kept, self.other = home, home / "kept", home / "other"
+        self.run = fault_harness.create(home)
+        self.source = make_source(home / "source", large_bytes=2 << 20)
+        self.run("backup", self.source, "--workers", "1")
+        (self.source / "second").write_bytes(os.urandom(50_000))
+        self.run("backup", self.source, "--workers", "1")
+        self.run.repository.rename(self.kept)
+        shutil.rmtree(home / "cache")
+        self.expected = contents(self.source)
+        elsewhere = home / "elsewhere"
+        elsewhere.mkdir()
+        other = fault_harness.create(elsewhere)
+        other("backup", self.source, "--workers", "1")
+        self.other = other.repository
+
+    def reset(self) -> None:
+        """The repository as it was, and a cache that knows nothing."""
+        replace_tree(self.kept, self.run.repository)
+        shutil.rmtree(self.home / "cache", ignore_errors=True)
+        shutil.rmtree(self.home / "target", ignore_errors=True)
+
+    def restored(self, *codes: int) -> dict[str, bytes | str]:
+        """What a restore of the latest snapshot brings, with one of these exit codes."""
+        target = self.home / "target"
+        shutil.rmtree(target, ignore_errors=True)
+        self.run("restore", "latest", "--to", target, codes=codes)
+        return contents(target)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    yield Stage(tmp_path_factory.mktemp("stage"))
+
+
+def damage(stage: Stage, kind: str, how: str) -> tuple[Path, bytes]:
+    """Damage one object, the newest of its kind; return where it lies and what it held."""
+    found = objects(stage.run.repository, kind)
+    # The largest pack holds file content, the largest index object or snapshot is as good as another.
+    path = max(found, key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "swapped":
+        others = [other for other in found if other != path] or objects(stage.other, kind)
+        put_in_place(path, others[0].read_bytes())
+    elif how == "emptied":
+        put_in_place(path, b"")
+    elif how == "cut by a byte":
+        put_in_place(path, data[:-1])
+    elif how == "cut in half":
+        put_in_place(path, data[: len(data) // 2])
+    else:
+        at = REGIONS[kind][how.partition(": ")[2]] % len(data)
+        put_in_place(path, data[:at] + bytes((data[at] ^ 0x01,)) + data[at + 1 :])
+    return path, data
+
+
+@pytest.mark.parametrize(("kind", "how"), CASES)
+def test_damaged_object(stage: Stage, kind: str, how: str) -> None:
+    """Each command says so and goes as far as it can; when the object is put back, nothing is lost."""
+    stage.reset()
+    path, data = damage(stage, kind, how)
+    seen = (kind, how) not in UNSEEN
+    anything = ANSWERS.get(kind, (0, 1, 3, 4))
+
+    outcome = stage.run("check", codes=anything)
+    if kind not in ANSWERS:
+        assert (outcome.code != 0) == seen
+        if seen and how != "deleted" and "version" not in how:
+            assert outcome.code == 4
+            assert path.name in outcome.stderr
+    elif kind == "config" and "altered" in outcome.stderr:
+        assert outcome.code == 4
+    fast = stage.run("check", "--fast", codes=anything)
+    if kind != "packs" or how in ("emptied", "cut by a byte", "cut in half", "deleted"):
+        assert fast.code == outcome.code
+    stage.run("check", "--packs", codes=(4,) if kind == "packs" and how != "deleted" else (*anything, 0))
+    stage.run("ls", codes=(3,) if kind == "snapshots" and seen else anything)
+    restored = stage.restored(*anything) if kind not in ANSWERS else {}
+    intact = {name: content for name, content in restored.items() if stage.expected.get(name) == content}
+    assert restored == intact or kind == "snapshots"  # an older snapshot is the latest then
+    stage.run("backup", stage.source, "--workers", "1", codes=anything)
+
+    put_in_place(path, data)
+    stage.run("check", "--fast")
+    assert stage.restored(0) == stage.expected
+
+
+def test_wrong_or_no_passphrase(stage: Stage) -> None:
+    stage.reset()
+    none = Here(stage.home)
+    for command in (
+        ["ls"],
+        ["check"],
+        ["backup", str(stage.source)],
+        ["restore", "latest", "--to", str(stage.home / "t")],
+    ):
+        assert "no passphrase was given" in none(*command, codes=(12,)).stderr
+        stage.run(*command, codes=(12,), environment={"COFFRET_PASSPHRASE": "another"})
+    assert not (stage.home / "t").exists()
+    none("check", "--packs")
+
+
+def test_passphrase_without_encryption(tmp_path: Path) -> None:
+    """Somebody believes that the repository is encrypted: nothing is stored in clear."""
+    run = fault_harness.create(tmp_path, encrypted=False)
+    for name in ("COFFRET_PASSPHRASE", "COFFRET_PASSPHRASE_FILE", "COFFRET_PASSPHRASE_COMMAND"):
+        outcome = run("backup", str(tmp_path / "cache"), codes=(2,), environment={name: PASSPHRASE})
+        assert "has no encryption" in outcome.stderr
+    assert not objects(run.repository, "packs")
+
+
+def test_nothing_or_something_else_there(tmp_path: Path) -> None:
+    run = Here(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    (tmp_path / "folder2").mkdir()
+    (tmp_path / "folder2" / "config").write_text("[core]\n\tbare = false\n")
+    for place in ("absent", "folder", "folder/file", "folder2", "folder/file/below"):
+        for command in (["ls"], ["check"], ["check", "--packs"], ["backup", "."], ["restore", "latest"]):
+            run("at", tmp_path / place, *command, codes=(10,))
+    for place in ("folder", "folder/file", "folder2"):
+        run("at", tmp_path / place, "create", "--no-encryption", codes=(1, 2, 10))
+    assert (tmp_path / "folder" / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path / "folder")) == ["file"]
+    assert sorted(os.listdir(tmp_path / "folder2")) == ["config"]
+    run("at", "gopher://x/y", "ls", codes=(2,))
+
+
+def test_no_such_path(stage: Stage) -> None:
+    stage.reset()
+    outcome = stage.run("backup", stage.home / "nowhere", codes=(1,))
+    assert "nowhere" in outcome.stderr
+    outcome = stage.run("backup", stage.home / "nowhere", stage.source, "--workers", "1", codes=(3,))
+    assert "nowhere" in outcome.stderr
+    stage.run("restore", "latest:/nowhere", "--to", stage.home / "target", codes=(2,))
+    stage.run("restore", "0123", "--to", stage.home / "target", codes=(1,))
+    stage.run("ls", "latest:/nowhere", codes=(2,))
+
+
+def test_target_in_use(stage: Stage) -> None:
+    stage.reset()
+    target = stage.home / "target"
+    target.write_text("a file")
+    stage.run("restore", "latest", "--to", target, codes=(1,))
+    stage.run("restore", "latest", "--to", target / "below", codes=(1,))
+    assert target.read_text() == "a file"
+    target.unlink()
+    target.mkdir()
+    (target / "mine").touch()
+    assert "not empty" in stage.run("restore", "latest", "--to", target, codes=(1,)).stderr
+    assert os.listdir(target) == ["mine"]
+
+
+@needs_root
+def test_not_permitted() -> None:
+    """As a user who may not write: to the repository, to the target, and who may not read it either."""
+    from tests.harness import NOBODY, scratch
+
+    with scratch(uid=NOBODY) as home:
+        run = Program(home, uid=NOBODY)
+        run("create", "--no-encryption")
+        source = home / "source"
+        make_source(source, large_bytes=1 << 20)
+        source.chmod(0o755)
+        run("backup", source)
+        shut = home / "shut"
+        shut.mkdir(mode=0o755)
+        run("restore", "latest", "--to", shut / "target", code=1)
+        for folder, _, _ in os.walk(run.repository):
+            os.chown(folder, 0, 0)
+            os.chmod(folder, 0o755)
+        outcome = run("backup", source, code=1)
+        assert "permission" in outcome.stderr.lower()
+        run("restore", "latest", "--to", home / "target", code=3 if os.geteuid() else 0)
+        run.repository.chmod(0o700)
+        outcome = run("ls", code=1)
+        assert "permission" in outcome.stderr.lower()
+
+
+def test_newer_version(stage: Stage) -> None:
+    stage.reset()
+    config = stage.run.repository / "config"
+    data = config.read_bytes()
+    put_in_place(config, data.replace(b'"version":0', b'"version":7').replace(b'"hash"', b'"later":[1],"hash"'))
+    for command in (["ls"], ["check"], ["check", "--packs"], ["backup", str(stage.source)]):
+        outcome = stage.run(*command, codes=(1,))
+        assert "version 7" in outcome.stderr
+        assert "newer version" in outcome.stderr
+
+
+def test_config_of_absurd_size(stage: Stage) -> None:
+    stage.reset()
+    config = stage.run.repository / "config"
+    head = config.read_bytes()[:50]
+    put_in_place(config, head)
+    os.truncate(config, 1 << 40)
+    stage.run("ls", codes=(1,))
+
+
+def test_never_in_clear(stage: Stage) -> None:
+    """A config that says there is no encryption, its own id or a new one: no upload, whatever else is kept."""
+    stage.reset()
+    stage.run("backup", stage.source, "--workers", "1")
+    config = stage.run.repository / "config"
+    original = config.read_bytes()
+    decoded = msgspec.json.decode(original, type=Config)
+    keys = {"encryption": "none", "id_key": "11" * 32, "chunker_key": "22" * 32}
+    same_id = config_bytes(msgspec.structs.replace(decoded, **keys))
+    elsewhere = stage.home / "clear"
+    elsewhere.mkdir(exist_ok=True)
+    clear = fault_harness.create(elsewhere, encrypted=False).repository / "config"
+    (stage.source / "secret").write_bytes(b"never in clear" * 1000)
+    try:
+        for planted in (same_id, clear.read_bytes()):
+            put_in_place(config, planted)
+            before = len(objects(stage.run.repository, "packs"))
+            for environment in ({}, {"COFFRET_PASSPHRASE": PASSPHRASE}):
+                Here(stage.home)("backup", stage.source, codes=(1,), environment=environment)
+            assert len(objects(stage.run.repository, "packs")) == before
+    finally:
+        (stage.source / "secret").unlink()
+    put_in_place(config, original)
+    stage.run("check")
+
+
+@pytest.mark.parametrize("how", ["rolled back", "swapped for a clone"])
+def test_other_state_of_the_repository(tmp_path: Path, how: str) -> None:
+    """With the same cache the next backup stores all that this state of the repository lacks."""
+    run = fault_harness.create(tmp_path, encrypted=False)
+    source = make_source(tmp_path / "source", large_bytes=1 << 20)
+    early, late = tmp_path / "early", tmp_path / "late"
+    if how.startswith("rolled"):
+        run("backup", source, "--workers", "1")
+    shutil.copytree(run.repository, early)
+    (source / "second").write_bytes(os.urandom(300_000))
+    run("backup", source, "--workers", "1")
+    (source / "third").write_bytes(os.urandom(300_000))
+    run("backup", source, "--workers", "1")
+    run.repository.rename(late)
+    early.rename(run.repository)
+    run("backup", source, "--workers", "1")
+    run("check")
+    run("restore", "latest", "--to", tmp_path / "target")
+    assert contents(tmp_path / "target") == contents(source)
+    # And back again.
+    run.repository.rename(early)
+    late.rename(run.repository)
+    (source / "fourth").write_bytes(os.urandom(300_000))
+    run("backup", source, "--workers", "1")
+    run("check")
+    run("restore", "latest", "--to", tmp_path / "target2")
+    assert contents(tmp_path / "target2") == contents(source)
+
+
+@pytest.mark.parametrize("level", ["as it is", "with tracebacks"])
+def test_secrets_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    """An unexpected error deep inside, with tracebacks asked for: neither passphrase nor keys are in the output."""
+    from coffret.engine import keys
+
+    run = fault_harness.create(tmp_path)
+    found = []
+    unlock = keys.unlock
+
+    def broken(*arguments: object) -> object:
+        found.append(unlock(*arguments)[1])  # type: ignore[arg-type]
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr(keys, "unlock", broken)
+    with run._surroundings({} if level == "with tracebacks" else {"COFFRET_TRACEBACK": ""}) as (out, err):
+        assert fault_harness.cli.run(["ls"]) == 1
+    shown = (out.getvalue() + err.getvalue()).decode()
+    assert ("Traceback" in shown) == (level == "with tracebacks")
+    for secret in (found[0].data_key, found[0].id_key, found[0].chunker_key):
+        assert secret.hex() not in shown
+        assert repr(secret)[2:-1] not in shown
+    assert PASSPHRASE not in shown
