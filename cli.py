@@ -7,6 +7,7 @@ global, which repository, which command; the rest is the command's own, parsed b
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -91,7 +92,32 @@ class Globals:
 
 def main() -> None:
     """The program. Exits with a code of `coffret.engine.errors`: 0 only when all that was asked for was done."""
-    sys.exit(run(sys.argv[1:]))
+    _make_standard_files()
+    # Until the event loop takes both, SIGTERM is the same as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("coffret: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+    sys.exit(code)
+
+
+def _make_standard_files() -> None:
+    """Started with standard files closed (`>&-`): no file that is opened later must be taken for one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def run(arguments: list[str]) -> int:

@@ -85,20 +85,23 @@ class Session:
         """
         interrupted = False
 
-        async def watch(scope: anyio.CancelScope) -> None:
+        async def watch(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
             nonlocal interrupted
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for number in signals:
-                    if interrupted:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    interrupted = True
-                    self.display.note(f"{signal.Signals(number).name}: stopping")
-                    scope.cancel()
+            async for number in signals:
+                if interrupted:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                interrupted = True
+                self.display.note(f"{number.name}: stopping")
+                scope.cancel()
 
         async def guarded() -> int:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                return await supervised(signals)
+
+        async def supervised(signals: AsyncIterator[signal.Signals]) -> int:
             code = INTERRUPTED
             async with anyio.create_task_group() as group:
-                group.start_soon(watch, group.cancel_scope)
+                group.start_soon(watch, signals, group.cancel_scope)
                 if progress:
                     group.start_soon(self.display.run)
                 code = await operation()
@@ -119,7 +122,8 @@ class Session:
             else:
                 return self._report(error)
         if interrupted:
-            self.display.error(Interrupted("interrupted; what was stored is kept and will be taken up"))
+            kept = "; what was stored is kept and will be taken up" if self.name in ("backup", "push") else ""
+            self.display.error(Interrupted(f"interrupted{kept}"))
             return INTERRUPTED
         return code
 
@@ -129,11 +133,11 @@ class Session:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         if known is None:
-            if os.environ.get("COFFRET_TRACEBACK"):
-                traceback.print_exception(error)
             inner = first_of(error)
             if not isinstance(inner, Exception):
-                raise error
+                raise inner from None
+            if os.environ.get("COFFRET_TRACEBACK"):
+                traceback.print_exception(error)
             known = CoffretError(
                 f"unexpected {type(inner).__name__}: {inner}",
                 remedy="this is a bug; COFFRET_TRACEBACK=1 tells where, please report it",

@@ -146,7 +146,7 @@ class Mirror:
     async def sift(self, ids: Sequence[bytes], *, marked: frozenset[bytes] = _NO_PACKS) -> Sifted:
         """Tell which chunks have to be stored, and which locations adopted. Chunks only in `marked` packs are absent.
 
-        0.4 to 1 µs a chunk and run where nothing is marked or pending, and some 3 µs more for a hit otherwise.
+        0.5 to 1 µs a chunk and run where nothing is marked or pending, and some 3 µs more for a hit otherwise.
         """
         return await self._look(lambda view: view.sift(ids, marked))
 

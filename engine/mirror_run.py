@@ -1,11 +1,13 @@
 """Runs: immutable sorted files of chunk locations, what the index mirror is made of.
 
-    header | rows, sorted by chunk id | packs | table
+    header | hints | rows, sorted by chunk id | packs | table
 
 A *row* says where a chunk lies. It names its pack by a *section*: each pack of each index object has a number of its
 own in the mirror, so that an index object is a range of sections, and forgetting it is forgetting that range. *packs*
-holds one record a section, in the order of the run's spans. *table* has the number of the first row of each bucket,
-as u32; a bucket is the ids that begin with the same `bits` bits. Ids are keyed hashes, so the buckets are even.
+holds one record a section, in the order of the run's spans. A *bucket* is the ids that begin with the same `bits` bits;
+ids are keyed hashes, so buckets are even. *table* has where the hints of each bucket start, as u32. A *hint* is one
+byte of the id, the fifth, for each row: most look-ups of what is not there end at the hints, which are few enough to
+stay in the processor's caches, while a row is nearly always a walk through page tables and a wait for memory.
 
 Chosen over an LMDB B-tree by measurement (`bench/mirror.py`): growing to 50 M chunks, that took 10 to 21 µs a chunk to
 merge index objects of 100,000, since nearly every row dirties a page of its own. Rows written here move in sequence
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
 # Chunk id; section; offset, stored and raw bytes and codec of the block; where in the raw block, and how long.
 ROW = struct.Struct(">32sIIIIIIB")
 PACK = struct.Struct(">32s64sQ")  # pack id, its clear header, its size
-HEADER = struct.Struct("=Q16sQQQ66x")
+HEADER = struct.Struct("=Q16sQQQ16x")  # magic, token, rows, sections, bits
 MAGIC = 0x0130_6E75_5254_4643  # read as another number where the byte order differs
-# The header is as long as two rows, so that the table can count rows from the start of the file and a look-up needs
-# no addition.
-HEADER_ROWS = 2
+HINT_AT = 4
 _COUNT = struct.Struct("=I")
+# Hints are addressed by u32.
+MAX_ROWS = (1 << 32) - 1 - HEADER.size
 
 
 class BadRun(Exception):
@@ -79,20 +81,20 @@ class RunInfo(msgspec.Struct, array_like=True, frozen=True):
             return False
 
 
-# What is looked for in a run: the first 32 bits of the id, the id, and its position.
-Sought = tuple[int, bytes, int]
-_first_bits = struct.Struct(f">I{ID_BYTES - 4}x").iter_unpack
+# What is looked for in a run: the first 32 bits of the id, its hint, the id, and its position.
+Sought = tuple[int, bytes, bytes, int]
+_split = struct.Struct(f">I1s{ID_BYTES - HINT_AT - 1}x").iter_unpack
 
 
 def sought(ids: Sequence[bytes]) -> list[Sought]:
     """Prepare ids for looking them up in several runs."""
-    return [(bits, chunk, n) for n, ((bits,), chunk) in enumerate(zip(_first_bits(b"".join(ids)), ids, strict=True))]
+    return [(*parts, chunk, n) for n, (parts, chunk) in enumerate(zip(_split(b"".join(ids)), ids, strict=True))]
 
 
 class Run:
     """A run, mapped into memory. Look-ups may be made in any thread; the file may be unlinked meanwhile."""
 
-    __slots__ = ("_bases", "_firsts", "_map", "_packs_at", "_shift", "_table", "bits", "info")
+    __slots__ = ("_bases", "_firsts", "_map", "_packs_at", "_rows_less", "_shift", "_table", "bits", "info")
 
     def __init__(self, folder: Path, info: RunInfo) -> None:
         """Map the run's file. Touching a page beyond its end would kill the process, so its size is checked first.
@@ -109,7 +111,9 @@ class Run:
             raise BadRun(f"{info.file_name} is missing") from None
         magic, token, rows, sections, bits = HEADER.unpack_from(self._map)
         self._bases = list(accumulate((span.sections for span in info.spans), initial=0))
-        self._packs_at = HEADER.size + rows * ROW.size
+        # The row of a hint at `at` lies at `at * ROW.size + self._rows_less`.
+        self._rows_less = HEADER.size + rows - HEADER.size * ROW.size
+        self._packs_at = HEADER.size + rows + rows * ROW.size
         table_at = self._packs_at + sections * PACK.size
         if (magic, token, rows, sections) != (MAGIC, info.token, info.rows, self._bases[-1]) or bits > 32:
             raise BadRun(f"{info.file_name} is not the run that was written")
@@ -128,19 +132,21 @@ class Run:
         A match that is not at the start of a row would be a coincidence of seven bytes or more of a keyed hash with
         the next, and of the rest with numbers; where the row matters `find` makes sure.
         """
-        find, table, shift, row_bytes = self._map.find, self._table, self._shift, ROW.size
+        find, table, shift, row_bytes, less = self._map.find, self._table, self._shift, ROW.size, self._rows_less
         return [
             item
             for item in items
-            if find(item[1], table[(bucket := item[0] >> shift)] * row_bytes, table[bucket + 1] * row_bytes) < 0
+            if (at := find(item[1], table[bucket := item[0] >> shift], end := table[bucket + 1])) < 0
+            or find(item[2], at * row_bytes + less, end * row_bytes + less) < 0
         ]
 
     def find(self, chunk_id: bytes) -> Iterator[tuple[bytes, int, int, int, int, int, int, int]]:
         """Iterate over the rows of a chunk, unpacked."""
         bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift
-        at, end = self._table[bucket] * ROW.size, self._table[bucket + 1] * ROW.size
+        first, end = (at * ROW.size + self._rows_less for at in self._table[bucket : bucket + 2])
+        at = first
         while (at := self._map.find(chunk_id, at, end)) >= 0:
-            if at % ROW.size:
+            if (at - first) % ROW.size:
                 at += 1
                 continue
             yield ROW.unpack_from(self._map, at)
@@ -170,7 +176,8 @@ class Run:
         :raises BadRun: if the table says what can't be
         """
         step = self.bits - bits
-        start, end = self._table[piece << step] * ROW.size, self._table[(piece + 1) << step] * ROW.size
-        if not HEADER.size <= start <= end <= self._packs_at:
+        first, last = self._table[piece << step], self._table[(piece + 1) << step]
+        start, end = first * ROW.size + self._rows_less, last * ROW.size + self._rows_less
+        if not HEADER.size <= first <= last or end > self._packs_at:
             raise BadRun(f"{self.info.file_name} has an altered table")
         return start, end

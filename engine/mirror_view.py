@@ -76,10 +76,10 @@ class View:
         nowhere = left
         for run in doubtful:
             nowhere = run.without(nowhere)
-        absent, adopt = [n for _, _, n in nowhere], []
+        absent, adopt = [n for *_, n in nowhere], []
         if len(nowhere) < len(left):
             missed = set(absent)
-            for _, chunk, n in left:
+            for _, _, chunk, n in left:
                 if n in missed:
                     continue
                 usable = [found for found in self.locations(chunk, doubtful) if found[1].pack not in marked]

@@ -14,7 +14,7 @@ import zstandard
 from blake3 import blake3
 
 from coffret.engine.errors import Damaged
-from coffret.engine.records import ATTEMPT_BYTES, UNDECODABLE, Block, decode_blocks, encode, iter_refs
+from coffret.engine.records import ATTEMPT_BYTES, REF_BYTES, UNDECODABLE, Block, decode_blocks, encode, iter_refs
 from coffret.engine.sealing import FOOTER, HEADER_BYTES, MAX_OBJECT_BYTES, PACK, RAW, TAG_BYTES, ZSTD, decompress
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class PackReader:
             raise Damaged(f"a block table does not decode: {error}") from None
         at = HEADER_BYTES
         for block in blocks:
-            if block.offset != at or block.stored_bytes < TAG_BYTES:
+            if block.offset != at or block.stored_bytes < TAG_BYTES or len(block.refs) % REF_BYTES:
                 raise Damaged("the blocks of a pack do not follow one another")
             if block.raw_bytes > MAX_RAW_BYTES or block.codec not in (RAW, ZSTD):
                 raise Damaged("a pack has a block larger or compressed otherwise than any that is made")

@@ -55,6 +55,8 @@ class StreamSource:
             return None
         if list(paths) != (["-"] if command is None else list(paths)[:0]):
             raise UsageError("a stream is a snapshot of its own", remedy="back up PATHs by another command")
+        if command is not None and not command.strip():
+            raise UsageError("--stdin-command is empty", remedy="give a command, or `-` for standard input")
         given = os.fsencode(name if name is not None else "stdin")
         if given in (b"", b".", b"..") or b"/" in given or len(given) > 255:
             raise UsageError(f"{name!r} is no file name", remedy="choose another --stdin-name")

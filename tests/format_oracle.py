@@ -1,4 +1,4 @@
-"""The format written down once more, from docs/format.md and the primitives it names: shares no code with the engine."""
+"""The format once more, from docs/format.md and the primitives it names: shares no code with the engine."""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ import pytest
 from blake3 import blake3
 from tests import format_oracle as oracle
 
+from coffret.connectors.memory import MemoryConnector
 from coffret.engine import sealing
 from coffret.engine.catalog import Cutter, RefList, describe
 from coffret.engine.chunker import FASTCDC_GEAR64, Chunker
 from coffret.engine.configuration import config_bytes, config_hash, new_config, parse_config
-from coffret.engine.keyring import _parse_removal as parse_removal
+from coffret.engine.keyring import read_keyring
 from coffret.engine.keys import Cost, endorsed, parse_slot, unlock, wrap
 from coffret.engine.packfile import PackReader, pack_name, verify_chunks
 from coffret.engine.records import (
@@ -89,13 +90,18 @@ def test_slot() -> None:
     assert endorsed(parse_slot(slot_id, stored), SECRETS, digest)
 
 
-def test_removal_log() -> None:
+@pytest.mark.anyio
+async def test_removal_log() -> None:
     vector = VECTORS["removal"]
     fields = {"version": 0, "created": vector["created"], "nonce": b64encode(vector["nonce"]).decode()}
     fields |= {"removed": vector["removed"], "checksum": ""}
     assert blake3(oracle.as_json(fields)[:-1]).digest() == vector["checksum"]
     fields["checksum"] = b64encode(vector["checksum"]).decode()
-    assert parse_removal(oracle.as_json(fields)) == set(vector["removed"]) == {VECTORS["slot"]["slot_id"].hex()}
+    connector = MemoryConnector()
+    await connector.put("keys/removed-1", [oracle.as_json(fields)])
+    keyring = await read_keyring(connector)
+    assert keyring.removed == set(vector["removed"]) == {VECTORS["slot"]["slot_id"].hex()}
+    assert not keyring.log_damaged
 
 
 def test_keys_of_an_object() -> None:

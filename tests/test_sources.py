@@ -8,7 +8,7 @@ import shutil
 import socket
 import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.harness import IS_ROOT, NOBODY, Program, Recorder, repository, scratch
 
-from coffret.engine import chunkworker, pipeline
-from coffret.engine.chunker import Chunker
+from coffret.engine.chunkworker import Worker
+from coffret.engine.dedup import dedup_stage
 from coffret.engine.filters import Filters
 from coffret.engine.frames import put_frame, take_frames
 from coffret.engine.ops.backup import BackupOptions, BackupSummary
@@ -28,11 +28,10 @@ from coffret.engine.scan import Scanner
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
-    from coffret.engine.dedup import RawBlock, Run
     from coffret.engine.filters import FilterScope
     from coffret.engine.flow import Channel, Sender
+    from coffret.engine.messages import RawBlock, Run, ScanPage
     from coffret.engine.repository import Repository
-    from coffret.engine.scan import ScanPage
 
 MIB = 1 << 20
 
@@ -191,11 +190,16 @@ async def back_up(
     return made, {path.removeprefix(below): reason for path, reason in progress.faults.items()}
 
 
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """The content of all files below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 async def restored(opened: Repository, made: BackupSummary, target: Path) -> dict[str, bytes]:
     """The content of the files that come back."""
     summary = await opened.restore(made.snapshot, os.fsencode(target))
     assert summary.errors == 0
-    return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    return contents_of(target)
 
 
 def after_the_scan(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
@@ -217,8 +221,7 @@ def after_the_scan(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) 
 
 
 def after_the_first_slab(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
-    """Call `change` when the first slab of a large file has been read and, there being only one, nothing of the next."""
-    real = pipeline.dedup_stage
+    """Call `change` when the first slab of a large file is full: if there is no other, nothing more is read before."""
 
     class Watched:
         def __init__(self, inbox: Channel[Run]) -> None:
@@ -231,10 +234,10 @@ def after_the_first_slab(monkeypatch: pytest.MonkeyPatch, change: Callable[[], N
                     change()
                 yield run
 
-    async def dedup_stage(inbox: Channel[Run], outbox: Sender[RawBlock], **others: Any) -> None:
-        await real(Watched(inbox), outbox, **others)  # type: ignore[arg-type]
+    async def watched_stage(inbox: Channel[Run], outbox: Sender[RawBlock], **others: Any) -> None:
+        await dedup_stage(Watched(inbox), outbox, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "dedup_stage", dedup_stage)
+    monkeypatch.setattr("coffret.engine.pipeline.dedup_stage", watched_stage)
 
 
 class ChangingFilters(Filters):
@@ -334,6 +337,7 @@ class TestMovingSource:
             found = await restored(opened, made, place / "target")
             assert found == {"large": expected, "small": b"small"}
             # The next backup reads it once more.
+            monkeypatch.undo()
             if how != "vanishes":
                 again, faults = await back_up(opened, source)
                 assert faults == {}
@@ -387,31 +391,30 @@ class TestWorker:
     def test_a_small_file_changes_while_it_is_read(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         changes: dict[str, Callable[[Path], object]] = {
             "stays": lambda path: None,
-            "grows": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+            "grows": lambda path: os.truncate(path, path.stat().st_size + 4),
             "shrinks": lambda path: os.truncate(path, 1000),
             "is emptied": lambda path: os.truncate(path, 0),
             "vanishes": lambda path: path.unlink(),
             "outgrows": lambda path: os.truncate(path, 40 * MIB),
         }
-        contents = {name: Random(name).randbytes(300_000) for name in changes}
+        contents = {name: Random(name).randbytes(327_680) for name in changes}
         for name, content in contents.items():
             (place / name).write_bytes(content)
             with (place / f"{name}, sparse").open("wb") as file:
                 file.seek(2 * MIB)
                 file.write(content)
                 file.truncate(3 * MIB)
-        real_fstat, seen = os.fstat, set()
+        real_preadv, seen = os.preadv, set()
 
-        def fstat(fd: int) -> os.stat_result:
-            """Change each file after the first look at it."""
-            status = real_fstat(fd)
-            path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-            if path.parent == place and path not in seen:
-                seen.add(path)
+        def preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            """Change each file before the first byte is read."""
+            if (inode := os.fstat(fd).st_ino) not in seen:
+                seen.add(inode)
+                path = Path(os.readlink(f"/proc/self/fd/{fd}"))
                 changes[path.name.partition(",")[0]](path)
-            return status
+            return real_preadv(fd, buffers, offset, flags)
 
-        monkeypatch.setattr(chunkworker.os, "fstat", fstat)
+        monkeypatch.setattr(os, "preadv", preadv)
         paths = [os.fsencode(place / name) for each in changes for name in (each, f"{each}, sparse")]
         with worker(slab_bytes=16 * MIB) as ask:
             _, _, slab, results = ask("batch", paths)
@@ -429,46 +432,40 @@ class TestWorker:
                 assert extents, "no extents would mean a file without holes"
                 assert data == (b"" if how in lengths else contents[how])
             else:
-                assert fields[3] == len(data) == lengths.get(how, 300_000)
+                assert fields[3] == len(data) == lengths.get(how, 327_680)
                 assert data == contents[how][: len(data)]
                 assert extents == b""
 
 
 @contextmanager
 def worker(*, slab_bytes: int) -> Iterator[Callable[..., tuple[Any, ...]]]:
-    """A function that sends a worker one job and returns its answer, with the slab's bytes for its number."""
+    """A function that sends a worker one job and returns its answer, with the slab's bytes instead of its number."""
     ours, theirs = socket.socketpair()
     memory = os.memfd_create("slabs")
     os.ftruncate(memory, slab_bytes)
-    made = chunkworker.Worker(theirs.fileno(), memory, 0, 1, slab_bytes)
 
     def run() -> None:
-        try:
-            made.run()
-        except EOFError:
-            theirs.close()
+        with suppress(EOFError), theirs:
+            Worker(theirs.fileno(), memory, 0, 1, slab_bytes).run()
 
     def ask(kind: str, argument: object) -> tuple[Any, ...]:
         put_frame(ours.fileno(), (kind, 1, argument))
-        received = bytearray()
-        while True:
-            received += ours.recv(1 << 16)
-            for answer_kind, job, number, *rest in take_frames(received):
-                with os.fdopen(os.dup(memory), "rb") as file:
-                    view = os.pread(file.fileno(), slab_bytes, number * slab_bytes)
-                return answer_kind, job, view, *rest
+        received, answers = bytearray(), list[Any]()
+        while not answers:
+            data = ours.recv(1 << 16)
+            assert data, "the worker is dead"
+            received += data
+            answers = list(take_frames(received))
+        answer, job, slab, *rest = answers[0]
+        return answer, job, os.pread(memory, slab_bytes, slab * slab_bytes), *rest
 
     thread = threading.Thread(target=run)
-    thread.start()
-    chunker = ("fastcdc-gear64", MIB // 2, MIB, 4 * MIB)
-    assert Chunker(*chunker, bytes(32))
-    put_frame(ours.fileno(), ("keys", bytes(32), chunker, bytes(32), [0]))
-    try:
+    with ours:
+        thread.start()
+        put_frame(ours.fileno(), ("keys", bytes(32), ("fastcdc-gear64", MIB // 2, MIB, 4 * MIB), bytes(32), [0]))
         yield ask
-    finally:
-        ours.close()
-        thread.join()
-        os.close(memory)
+    thread.join()
+    os.close(memory)
 
 
 # Streams --------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SCALE = int(os.environ.get("COFFRET_MODEL_SCALE", "1"))
 EXAMPLES = 400
+STOPS = ("put leases/", "put index/", "put snapshots/", "delete index/", "get packs/", "to the end")
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -48,8 +49,9 @@ class Repository(RuleBasedStateMachine):
             calls -= 1
 
     @precondition(lambda self: self.actors)
-    @rule(which=st.integers(0, 5), call=st.sampled_from(["put snapshots/", "put index/", "delete ", "list trash/"]))
+    @rule(which=st.integers(0, 5), call=st.sampled_from(STOPS))
     def step_until(self, which: int, call: str) -> None:
+        """Step to the next call of a kind, or to the end."""
         actor = self.actors[which % len(self.actors)]
         while not str(actor.pending).startswith(call) and not self.world.violation and self.world.step(actor):
             pass

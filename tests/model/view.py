@@ -86,11 +86,11 @@ async def list_marks(party: Party) -> Marks:
         number, _, suffix = name.partition("-")
         {"": numbers, "seen": marks.seen, "done": ended}[suffix].add(int(number))
     marks.top = max(numbers, default=0)
-    for number in sorted(numbers - ended):
-        name = f"{TRASH}{number}"
+    for opened in sorted(numbers - ended):
+        name = f"{TRASH}{opened}"
         if mark := party.mirror.get(name) or await party.fetch(name, Mark):
             party.mirror[name] = mark
-            marks.open[number] = mark.packs
+            marks.open[opened] = mark.packs
     return marks
 
 

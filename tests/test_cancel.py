@@ -1,0 +1,179 @@
+"""Ctrl-C and SIGTERM at any moment, and a reader that goes away: all ends, nothing is left, the next run is good.
+
+The moments are random but the same in each run; COFFRET_TEST_ROUNDS=20 makes a campaign, COFFRET_TEST_SEED another one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from tests import fault_harness
+from tests.fault_harness import ROUNDS, SEED, contents, make_source, objects
+from tests.harness import ROOT, Program
+from tests.processes import await_end, below, slept
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A repository, and a source that takes some tenths of a second."""
+    fault_harness.create(tmp_path, encrypted=False)
+    make_source(tmp_path / "source", files=2000, large_bytes=96 << 20)
+    return tmp_path
+
+
+def interrupt(program: Program, number: int, after_s: float, *arguments: str | Path) -> tuple[int, str]:
+    """Start a command and send it a signal; return its exit code and its standard error. Nothing of it is left."""
+    shared = set(os.listdir("/dev/shm"))
+    process = program.start(*arguments)
+    slept(process, after_s)
+    processes = below(process.pid)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    text = err.decode()
+    assert b"Traceback" not in err + out, text
+    await_end(processes)
+    assert set(os.listdir("/dev/shm")) <= shared
+    return process.returncode, text
+
+
+def moments(what: str, count: int, longest_s: float) -> list[tuple[int, float]]:
+    """Signals and when to send them."""
+    rng = random.Random(f"{SEED} {what}")
+    return [
+        (rng.choice((signal.SIGINT, signal.SIGTERM)), round(rng.uniform(0.0, longest_s), 3))
+        for _ in range(count * ROUNDS)
+    ]
+
+
+def expect(code: int, text: str, done: int = 0) -> None:
+    """Interrupted, and says so in the last line; or it was done before the signal came.
+
+    Before Python has started and after it has ended a signal kills, silently.
+    """
+    if code != done and (code not in (-signal.SIGINT, -signal.SIGTERM) or text):
+        assert code == 130, (code, text)
+        lines = text.splitlines()
+        assert lines, "nothing was said"
+        assert "interrupted" in lines[-1], text
+        assert sum("interrupted" in line for line in lines) == 1, text
+
+
+def test_backup(home: Path) -> None:
+    program = Program(home)
+    source = home / "source"
+    for turn, (number, after_s) in enumerate(moments("backup", 6, 1.5)):
+        (source / "fresh").write_bytes(random.Random(turn).randbytes(24 << 20))
+        code, text = interrupt(program, number, after_s, "backup", source)
+        expect(code, text)
+        assert not objects(program.repository, "leases")
+        assert not objects(program.repository, "tmp")
+    summary = program.backup(source)
+    assert summary["errors"] == 0
+    program("check")
+    program("restore", "latest", "--to", home / "target")
+    assert contents(home / "target") == contents(source)
+
+
+def test_what_was_stored_is_taken_up(home: Path) -> None:
+    """A backup that is cut short after its first packs leaves them in an index: they are not stored again."""
+    program = Program(home)
+    source = home / "source"
+    with (source / "much").open("wb") as file:
+        for number in range(12):
+            file.write(random.Random(number).randbytes(32 << 20))
+    process = program.start("backup", source)
+    while (
+        process.poll() is None and sum(path.stat().st_size for path in objects(program.repository, "packs")) < 1 << 25
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    stored = sum(path.stat().st_size for path in objects(program.repository, "packs"))
+    if process.returncode == 130:
+        assert objects(program.repository, "index"), err
+        assert not objects(program.repository, "leases")
+    program.backup(source)
+    total = sum(path.stat().st_size for path in objects(program.repository, "packs"))
+    random_bytes = (12 * 32 << 20) + (48 << 20)
+    assert total < random_bytes + (stored >> 1) + (8 << 20), "stored anew"
+
+
+def test_restore(home: Path) -> None:
+    program = Program(home)
+    source, target = home / "source", home / "target"
+    program("backup", source)
+    expected = contents(source)
+    for number, after_s in moments("restore", 6, 1.2):
+        shutil.rmtree(target, ignore_errors=True)
+        code, text = interrupt(program, number, after_s, "restore", "latest", "--to", target)
+        expect(code, text)
+        if target.exists():
+            for name, content in contents(target).items():
+                assert expected.get(name) == content, f"{name} is left half written"
+        program("restore", "latest", "--to", target, "--overwrite", "if-changed")
+        assert contents(target) == expected
+
+
+def test_check(home: Path) -> None:
+    program = Program(home)
+    program("backup", home / "source")
+    for number, after_s in moments("check", 4, 1.0):
+        code, text = interrupt(program, number, after_s, "check")
+        expect(code, text)
+        assert not objects(program.repository, "tmp")
+    program("check")
+
+
+@pytest.mark.parametrize(
+    "command", [("backup", "-v", "source"), ("ls", "latest"), ("check", "-v"), ("ls", "--json", "latest")]
+)
+def test_reader_goes_away(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """`| head -1` ends the command without a traceback, and without leaving anything behind."""
+    program = Program(tmp_path)
+    fault_harness.create(tmp_path, encrypted=False)
+    source = make_source(tmp_path / "source", files=3000, large_bytes=4 << 20)
+    program("backup", source)
+    process = program.start(*command)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) in (0, 1)
+    assert b"rror" not in err, err.decode()
+    assert not objects(program.repository, "leases")
+    program("backup", source)
+    program("check")
+
+
+def test_reader_gone_from_the_start(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    fault_harness.create(tmp_path, encrypted=False)
+    for words in (["ls"], ["backup", str(tmp_path / "state")], ["version"], ["--help"]):
+        done = subprocess.run(
+            ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "coffret", *words],
+            env={
+                **os.environ,
+                "COFFRET_REPOSITORY": str(program.repository),
+                "HOME": str(tmp_path),
+                "XDG_CACHE_HOME": str(tmp_path / "cache"),
+                "XDG_STATE_HOME": str(tmp_path / "state"),
+                "PYTHONPATH": str(ROOT / ".pkg"),
+            },
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
