@@ -125,17 +125,29 @@ def run(arguments: list[str]) -> int:
     if arguments in (["version"], ["--version"], ["-version"]):  # answered before anything else is imported
         print(f"coffret {__version__}")
         return 0
-    if not arguments or arguments[0] in ("-h", "-help", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())), end="")
-        return 0 if arguments else 2
+    if not arguments:
+        print(usage(), end="", file=sys.stderr)
+        return 2
     try:
         globals_, name, rest = sort_line(arguments)
     except LineError as error:
-        print(f"coffret: {error} (see `coffret --help`)", file=sys.stderr)
-        return 2
+        from coffret.display import Display
+        from coffret.engine.errors import UsageError
+
+        as_json = not {"--json", "-json"}.isdisjoint(arguments)
+        Display("coffret", quiet=False, verbose=False, as_json=as_json).error(UsageError(str(error)))
+        return UsageError.exit_code
+    if name == "help":
+        print(usage(), end="")
+        return 0
     from coffret.commands.running import invoke
 
     return invoke(load_command(name), name, rest, globals_)
+
+
+def usage() -> str:
+    """What `coffret --help` prints."""
+    return USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
 
 
 def load_command(name: str) -> click.Command:
@@ -147,6 +159,8 @@ def load_command(name: str) -> click.Command:
 def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
     """Split a command line into global options, the command's name, and the command's own arguments.
 
+    The name is `help` if that is what is asked for before any command.
+
     :raises LineError: if there is no command, or an option lacks its value
     """
     found = Globals()
@@ -156,6 +170,8 @@ def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
         if take_global(rest, found):
             continue
         word = rest.pop(0)
+        if word in ("-h", "-help", "--help", "help"):
+            return found, "help", rest
         if word in ("at", "on"):
             if not rest:
                 raise LineError(f"{word!r} needs a repository")
@@ -228,7 +244,7 @@ def normalised(word: str, known: set[str]) -> str:
 
 def own_options(command: click.Command) -> tuple[set[str], set[str]]:
     """(flags, options with a value) of a command and its subcommands."""
-    flags: set[str] = {"--help"}
+    flags: set[str] = {"-h", "--help"}
     values: set[str] = set()
     for each in (command, *getattr(command, "commands", {}).values()):
         for parameter in each.params:

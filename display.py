@@ -1,11 +1,12 @@
 """What the user sees: a live display on a terminal, plain lines in a pipe, JSON lines where a program reads.
 
-Renders what the engine tells (`coffret.engine.progress`); the words of results are those of the commands in `cli.py`.
+Renders what the engine tells (`coffret.engine.progress`); the words of results are those of `commands/`.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ from coffret.engine.progress import Progress
 from coffret.engine.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coffret.engine.errors import CoffretError
     from coffret.engine.progress import Fault, Item
 
@@ -32,12 +35,24 @@ def printable(path: bytes) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def path_fields(path: bytes) -> dict[str, str]:
-    """A path in JSON: `path`, and `path_b64` if it is not UTF-8."""
+def path_fields(path: bytes, name: str = "path") -> dict[str, str]:
+    """A path in JSON: `path`, and `path_b64` if it is not UTF-8; or under another name, and that with `_b64`."""
     try:
-        return {"path": path.decode("utf-8")}
+        return {name: path.decode("utf-8")}
     except UnicodeDecodeError:
-        return {"path": path.decode("utf-8", "replace"), "path_b64": base64.b64encode(path).decode()}
+        return {name: path.decode("utf-8", "replace"), f"{name}_b64": base64.b64encode(path).decode()}
+
+
+def paths_fields(paths: Sequence[bytes]) -> dict[str, list[str]]:
+    """Paths in JSON: `paths`, and `paths_b64`, which has them all, if one of them is not UTF-8."""
+    found = {"paths": [path.decode("utf-8", "replace") for path in paths]}
+    if any("path_b64" in path_fields(path) for path in paths):
+        found["paths_b64"] = [base64.b64encode(path).decode() for path in paths]
+    return found
+
+
+class ReaderGone(BrokenPipeError):
+    """Nobody reads what is printed any more."""
 
 
 class Display:
@@ -45,12 +60,19 @@ class Display:
 
     def __init__(self, name: str, *, quiet: bool, verbose: bool, as_json: bool) -> None:
         self.name, self.as_json = name, as_json
+        #: What a summary calls the command: with its subcommand.
+        self.command = name
         self.quiet, self.verbose = quiet, verbose
         self.progress = Progress(on_fault=self._fault, on_note=self.note)
         if verbose:
             self.progress.on_item = self._item
         self._live: Any = None
         self._begin = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the command began."""
+        return round(time.perf_counter() - self._begin, 3)
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -65,26 +87,28 @@ class Display:
             self._json("item", **fields)
 
     def summary(self, text: str, **fields: Any) -> None:
-        """The end: what happened."""
+        """The end: what happened. Without a text, what was printed before says it all."""
+        self.close()
         if self.as_json:
-            self._json("summary", schema_version=SCHEMA_VERSION, command=self.name, **fields)
-        elif not self.quiet:
+            self._json("summary", schema_version=SCHEMA_VERSION, command=self.command, **fields)
+        elif text and not self.quiet:
             self._out(text)
 
     def error(self, error: CoffretError) -> None:
         """The one line of a failure: what happened, and what to do."""
+        self.close()
         message, remedy = str(error), error.remedy
         if self.as_json:
             self._json("error", message=message, remedy=remedy, code=error.exit_code)
         text = f"coffret: {message}" + (f" ({remedy})" if remedy else "")
-        print(text.replace("\n", " "), file=sys.stderr)
+        self._err(printable(os.fsencode(" ".join(text.splitlines()))))
 
     def note(self, text: str) -> None:
         """A remark."""
         if self.as_json:
             self._json("status", note=text)
         elif not self.quiet:
-            print(f"{self.name}: note: {text}", file=sys.stderr)
+            self._err(printable(os.fsencode(f"{self.name}: note: {text}")))
 
     # Progress ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +116,7 @@ class Display:
         """Show the progress until cancelled."""
         if self.quiet:
             await anyio.sleep_forever()
-        if not self.as_json and sys.stderr.isatty():
+        if not self.as_json and sys.stderr.isatty() and not (self.verbose and sys.stdout.isatty()):
             await self._run_live()
         else:
             while True:
@@ -100,21 +124,31 @@ class Display:
                 if self.as_json:
                     self._json("status", **self._counters())
                 elif not self.verbose:
-                    print(self._plain(), file=sys.stderr)
+                    self._err(self._plain())
 
     async def _run_live(self) -> None:
         from rich.console import Console
         from rich.live import Live
 
         console = Console(stderr=True)
-        with Live(console=console, refresh_per_second=1 / _REDRAW_S, transient=True, auto_refresh=False) as live:
-            self._live = live
-            try:
-                while True:
-                    await anyio.sleep(_REDRAW_S)
+        # Neither stream is redirected: `_err` prints above the display, and `summary` is printed when it is gone.
+        self._live = live = Live(
+            console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
+        live.start()
+        try:
+            while self._live is not None:
+                await anyio.sleep(_REDRAW_S)
+                if self._live is not None:
                     live.update(self._table(), refresh=True)
-            finally:
-                self._live = None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Clear the live display away, if there is one."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     def _table(self) -> Any:
         from rich.progress_bar import ProgressBar
@@ -169,12 +203,18 @@ class Display:
             "bytes_added": progress.added_bytes,
             "bytes_stored": progress.stored_bytes,
             "errors": progress.errors,
-            "elapsed_s": round(time.perf_counter() - self._begin, 3),
+            "elapsed_s": self.elapsed_s,
         }
 
     def _item(self, item: Item) -> None:
         if self.as_json:
-            self._json("item", status=item.status, size_bytes=item.size_bytes, **path_fields(item.path))
+            self._json(
+                "item",
+                short_id=self.progress.subject,
+                **path_fields(item.path),
+                status=item.status,
+                size_bytes=item.size_bytes,
+            )
         elif not self.quiet:
             mark = "✓" if item.status == "verified" else "OK ✓"
             self._out(f"{self.progress.subject}: {mark} {printable(item.path)}")
@@ -182,19 +222,37 @@ class Display:
     def _fault(self, fault: Fault) -> None:
         if self.as_json:
             self._json("error", reason=fault.reason, **path_fields(fault.path))
-        print(f"{self.name}: {printable(fault.path)}: {fault.reason}", file=sys.stderr)
+        self._err(f"{self.name}: {printable(fault.path)}: {printable(os.fsencode(fault.reason))}")
 
     def _json(self, message_type: str, **fields: Any) -> None:
-        _write(json.dumps({"message_type": message_type, **fields}, ensure_ascii=False))
+        # Text that came from the command line may hold bytes that are not UTF-8; JSON can't.
+        text = json.dumps({"message_type": message_type, **fields}, ensure_ascii=False)
+        _write(os.fsencode(text).decode("utf-8", "replace"))
 
     def _out(self, text: str) -> None:
         _write(text)
 
+    def _err(self, text: str) -> None:
+        """One line on standard error, above the live display; whether anybody reads it does not matter."""
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.console.print(Text(text), soft_wrap=True)
+            return
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
+
 
 def _write(text: str) -> None:
-    """One line on standard output, in UTF-8 whatever the locale."""
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
-    sys.stdout.buffer.flush()
+    """One line on standard output, in UTF-8 whatever the locale.
+
+    :raises ReaderGone: if it is a pipe that nobody reads
+    """
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError as error:
+        raise ReaderGone(*error.args) from None
 
 
 def _eta(done: int, total: int | None, elapsed_s: float) -> str:

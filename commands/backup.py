@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.display import printable
+from coffret.display import paths_fields
 from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import format_duration, format_size, parse_size
 
@@ -96,17 +96,17 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
 
 def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
     header, counts = summary.snapshot.header, summary.counts
-    done = "would create" if dry_run else "created"
+    done = "would create an" if dry_run else "created"
+    which = "unsigned snapshot" if dry_run else f"unsigned snapshot {summary.snapshot.short_id}"
     tail = f", {counts.errors} errors" if counts.errors else ""
     duration_s = summary.duration_ns / 1e9
     session.display.summary(
-        f"backup: {done} unsigned snapshot {summary.snapshot.short_id} of size {format_size(counts.size_bytes)}"
-        f" in {format_duration(duration_s)}{tail}",
-        snapshot_id=summary.snapshot.id,
-        short_id=summary.snapshot.short_id,
+        f"backup: {done} {which} of size {format_size(counts.size_bytes)} in {format_duration(duration_s)}{tail}",
+        snapshot_id=None if dry_run else summary.snapshot.id,
+        short_id=None if dry_run else summary.snapshot.short_id,
         parent_id=header.parent.hex() or None,
         dry_run=dry_run,
-        paths=[printable(root) for root in header.roots],
+        **paths_fields(header.roots),
         files=counts.files,
         directories=counts.directories,
         others=counts.others,

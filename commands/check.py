@@ -59,9 +59,11 @@ def _report(session: Session, summary: CheckSummary, shown: list[str]) -> int:
         packs=summary.packs,
         snapshots=summary.snapshots,
         files=summary.files,
+        bytes_read=session.display.progress.size_bytes,
         damaged_packs=summary.damaged_packs,
         damaged_objects=summary.damaged_objects,
         damaged_snapshots=summary.damaged_snapshots,
         damaged_files=summary.damaged_files,
+        duration_s=session.display.elapsed_s,
     )
     return 0 if summary.clean else DAMAGE_FOUND

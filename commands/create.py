@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from coffret.commands.running import Session, new_passphrase
+from coffret.display import path_fields, printable
 from coffret.engine.repository import create_repository
 
 
@@ -17,12 +20,13 @@ def command(session: Session, no_encryption: bool) -> int:
     async def create() -> int:
         passphrase = None if no_encryption else new_passphrase()
         config = await create_repository(session.globals.repository, passphrase=passphrase, options=session.options)
+        location = os.fsencode(session.globals.repository)
         kind = "without encryption" if no_encryption else "encrypted"
         session.display.summary(
-            f"create: created repository {config.repository_id} {kind} at {session.globals.repository}",
+            f"create: created repository {config.repository_id} {kind} at {printable(location)}",
             repository_id=config.repository_id,
             encryption=config.encryption,
-            location=session.globals.repository,
+            **path_fields(location, "location"),
         )
         return 0
 

@@ -37,25 +37,24 @@ def command(session: Session) -> int:
             )
             display.line(f"snapshots   {len(snapshots)}")
             display.line(f"packs       {packs}, {format_size(stored)}")
-            if session.globals.json:
-                display.summary(
-                    "",
-                    repository_id=config.repository_id,
-                    location=repository.connector.location,
-                    version=config.version,
-                    created=config.created,
-                    encryption=config.encryption,
-                    chunker={
-                        "name": chunker.name,
-                        "min_bytes": chunker.min_bytes,
-                        "avg_bytes": chunker.avg_bytes,
-                        "max_bytes": chunker.max_bytes,
-                    },
-                    pack_bytes=config.pack_bytes,
-                    snapshots=len(snapshots),
-                    packs=packs,
-                    stored_bytes=stored,
-                )
+        display.summary(
+            "",
+            repository_id=config.repository_id,
+            location=repository.connector.location,
+            version=config.version,
+            created=config.created,
+            encryption=config.encryption,
+            chunker={
+                "name": chunker.name,
+                "min_bytes": chunker.min_bytes,
+                "avg_bytes": chunker.avg_bytes,
+                "max_bytes": chunker.max_bytes,
+            },
+            pack_bytes=config.pack_bytes,
+            snapshots=len(snapshots),
+            packs=packs,
+            bytes_stored=stored,
+        )
         return 0
 
     return session.run(info)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coffret.commands.running import Session, common_path, split_target
-from coffret.display import path_fields, printable
+from coffret.display import path_fields, paths_fields, printable
 from coffret.engine.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -44,10 +43,14 @@ def command(session: Session, snapshot: str | None, recursive: bool) -> int:
                 commits = await repository.commits()
                 for found in commits.snapshots:
                     show_snapshot(session, found)
-                return PARTLY if commits.damaged else 0
-            name, path = split_target(snapshot)
-            await _entries(session, repository, await repository.find_snapshot(name), path, recursive)
-            return 0
+                fields: dict[str, Any] = {"snapshots": len(commits.snapshots), "damaged": len(commits.damaged)}
+            else:
+                name, path = split_target(snapshot)
+                found = await repository.find_snapshot(name)
+                entries = await _entries(session, repository, found, path, recursive)
+                fields = {"snapshot_id": found.id, "entries": entries, "damaged": 0}
+        session.display.summary("", **fields)
+        return PARTLY if fields["damaged"] else 0
 
     return session.run(list_)
 
@@ -71,8 +74,8 @@ def show_snapshot(session: Session, snapshot: Snapshot) -> None:
         time=iso_time(header.time_ns),
         host=header.host,
         user=header.user,
-        paths=[printable(root) for root in header.roots],
-        path=printable(common_path(header.roots)),
+        **paths_fields(header.roots),
+        **path_fields(common_path(header.roots)),
         tags=header.tags,
         size_bytes=header.counts.size_bytes,
         files=header.counts.files,
@@ -83,25 +86,31 @@ def show_snapshot(session: Session, snapshot: Snapshot) -> None:
 
 async def _entries(
     session: Session, repository: Repository, snapshot: Snapshot, path: bytes | None, recursive: bool
-) -> None:
+) -> int:
+    """Show the entries; return how many there are."""
+    count = 0
     start = b"" if path is None else path.strip(b"/")
     async for directory, entries in repository.entries(snapshot, start, recursive=recursive or path is None):
         prefix = b"/" + directory + b"/" if directory else b"/"
         for entry in entries:
             _show(session, prefix + entry.name, entry)
+        count += len(entries)
+    return count
+
+
+def _owner(name: str, number: int) -> str:
+    return printable(name.encode()) if name else str(number)
 
 
 def _show(session: Session, path: bytes, entry: Entry) -> None:
     link = f" -> {printable(entry.extra.target)}" if entry.extra is not None and entry.extra.target else ""
     if not session.globals.json:
         session.display.line(
-            f"{stat.filemode(entry.mode)} {entry.user or entry.uid!s:>8} {entry.group or entry.gid!s:>8} "
+            f"{stat.filemode(entry.mode)} {_owner(entry.user, entry.uid):>8} {_owner(entry.group, entry.gid):>8} "
             f"{entry.size:>12} {iso_time(entry.mtime_ns)} {printable(path)}{link}"
         )
         return
-    target = (
-        {"target": os.fsdecode(entry.extra.target).encode("utf-8", "replace").decode()} if link and entry.extra else {}
-    )
+    target = path_fields(entry.extra.target, "target") if link and entry.extra is not None else {}
     session.display.item(
         **path_fields(path),
         type=TYPES.get(stat.S_IFMT(entry.mode), "other"),

@@ -10,6 +10,7 @@ import click
 from anyio import to_thread
 
 from coffret.commands.running import Session, new_passphrase
+from coffret.display import path_fields, printable
 from coffret.engine.errors import TargetError, UsageError, WrongPassphrase
 from coffret.engine.repository import bare_storage
 
@@ -17,11 +18,14 @@ NEW = "COFFRET_NEW_PASSPHRASE"
 
 
 @click.group(
+    no_args_is_help=False,
     help="Passphrases that open the repository. A new one is asked for twice on a terminal, or comes from"
-    f" {NEW}, {NEW}_FILE or {NEW}_COMMAND."
+    f" {NEW}, {NEW}_FILE or {NEW}_COMMAND.",
 )
-def command() -> None:
+@click.pass_context
+def command(context: click.Context) -> None:
     """Add, change, remove, list or export."""
+    context.obj.display.command = f"passphrase {context.invoked_subcommand}"
 
 
 @command.command("add", help="Let another passphrase open the repository; or put back what a recovery file holds.")
@@ -35,7 +39,7 @@ def add(session: Session, label: str, source: str | None) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
-            fresh = await to_thread.run_sync(new_passphrase, "new passphrase", NEW)
+            fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.add(
                 repository.connector, repository.config_data, repository.secrets, fresh, label=label or platform.node()
             )
@@ -79,7 +83,7 @@ def change(session: Session, label: str, exclusive: bool) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
-            fresh = await to_thread.run_sync(new_passphrase, "new passphrase", NEW)
+            fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.change(
                 repository.connector,
                 repository.config_data,
@@ -131,7 +135,9 @@ def list_(session: Session) -> int:
         for info in slots:
             mark = "*" if info.slot_id == mine else " "
             fault = f"   {info.fault}" if info.fault else ""
-            session.display.line(f"{mark} {info.slot_id[:8]}   {info.created:<20}   {info.label}{fault}")
+            session.display.line(
+                f"{mark} {info.slot_id[:8]}   {info.created:<20}   {printable(info.label.encode())}{fault}"
+            )
             session.display.item(
                 slot_id=info.slot_id,
                 created=info.created,
@@ -139,6 +145,7 @@ def list_(session: Session) -> int:
                 fault=info.fault,
                 current=info.slot_id == mine,
             )
+        session.display.summary("", passphrases=len(slots))
         return 0
 
     return session.run(run)
@@ -163,7 +170,11 @@ def export(session: Session, file: str) -> int:
                 os.fsync(descriptor)
         except OSError as error:
             raise TargetError(f"{file}: {error.strerror}", remedy="choose another file") from None
-        session.display.summary(f"passphrase: exported to {file}; keep it away from the repository", file=file)
+        shown = printable(os.fsencode(file))
+        session.display.summary(
+            f"passphrase: exported to {shown}; keep it away from the repository",
+            **path_fields(os.fsencode(file), "file"),
+        )
         return 0
 
     return session.run(run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coffret.commands.running import Session, common_path, split_target
-from coffret.display import printable
+from coffret.display import path_fields, printable
 
 if TYPE_CHECKING:
     from coffret.engine.ops.restore import RestoreOptions
@@ -44,10 +44,10 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
         shown = printable(path or common_path(found.header.roots))
         ending = f"with {summary.errors} errors" if summary.errors else "successfully"
         display.summary(
-            f"restore: restoration of {found.short_id}:{shown} at {into} completed {ending}",
+            f"restore: restoration of {found.short_id}:{shown} at {printable(os.fsencode(into))} completed {ending}",
             snapshot_id=found.id,
-            path=shown,
-            target=into,
+            **path_fields(path or common_path(found.header.roots)),
+            **path_fields(os.fsencode(into), "target"),
             files=summary.files,
             size_bytes=summary.size_bytes,
             errors=summary.errors,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 import click
 
-from coffret.display import Display, terminal
+from coffret.display import Display, ReaderGone, terminal
 from coffret.engine.errors import CoffretError, Damaged, UsageError, WrongPassphrase, reported
 from coffret.engine.passphrase import passphrase_from_environment, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
@@ -89,6 +89,7 @@ class Session:
             nonlocal interrupted
             async for number in signals:
                 if interrupted:
+                    self.display.close()
                     os.kill(os.getpid(), signal.SIGKILL)
                 interrupted = True
                 self.display.note(f"{number.name}: stopping")
@@ -129,7 +130,7 @@ class Session:
 
     def _report(self, error: BaseException) -> int:
         known = reported(error)
-        if isinstance(first_of(error), BrokenPipeError):  # the reader of our output is gone: nobody is left to tell
+        if isinstance(first_of(error), ReaderGone):  # the reader of our output is gone: nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         if known is None:
@@ -165,7 +166,8 @@ def invoke(command: click.Command, name: str, arguments: list[str], globals_: Gl
     """Parse a command's own arguments and run it; return the exit code."""
     session = Session(name, globals_)
     try:
-        with command.make_context(f"coffret {name}", arguments, obj=session) as context:
+        names = ["-h", "--help"]
+        with command.make_context(f"coffret {name}", arguments, obj=session, help_option_names=names) as context:
             code = command.invoke(context)
         sys.stdout.flush()
         return int(code or 0)
@@ -180,11 +182,22 @@ def invoke(command: click.Command, name: str, arguments: list[str], globals_: Gl
 
 
 def ask(prompt: str) -> bytes:
-    """A passphrase from the terminal, as UTF-8."""
+    """A passphrase from the terminal, as UTF-8. Ctrl-C and SIGTERM end the program here, not when Enter is pressed.
+
+    :raises Interrupted: if they do
+    """
+    # The event loop stands still meanwhile: the signals can't wait for it.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return getpass.getpass(prompt).encode("utf-8", "surrogateescape")
     except EOFError:
         raise WrongPassphrase("no passphrase was given") from None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise Interrupted("interrupted") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def new_passphrase(prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE") -> bytes:

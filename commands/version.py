@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from coffret import __version__
 
+if TYPE_CHECKING:
+    from coffret.commands.running import Session
+
 
 @click.command(help="Print the version.")
-def command() -> int:
+@click.pass_obj
+def command(session: Session) -> int:
     """Print the version."""
-    click.echo(f"coffret {__version__}")
+    session.display.line(f"coffret {__version__}")
+    session.display.summary("", version=__version__)
     return 0

@@ -66,8 +66,13 @@ class IndexWriter:
             name = index_name(self._attempt, self._number)
             self._number += 1
             index = IndexObject(tables)
-            body = await to_thread.run_sync(self._seal, name, index)
-            await self._connector.put(name, [body], if_absent=True)
+            try:
+                body = await to_thread.run_sync(self._seal, name, index)
+                await self._connector.put(name, [body], if_absent=True)
+            except BaseException:
+                # Another try, if there is one, takes them up, under a name of its own.
+                self._tables = tables + self._tables
+                raise
             if self._mirror is None:
                 return
             await self._mirror.merge([(name, index)])

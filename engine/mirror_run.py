@@ -119,8 +119,11 @@ class Run:
             raise BadRun(f"{info.file_name} is not the run that was written")
         if table_at + ((1 << bits) + 1) * _COUNT.size != info.size_bytes:
             raise BadRun(f"{info.file_name} has no valid table")
-        # A few look-ups must not read the whole file into memory, as read-around would.
-        self._map.madvise(mmap.MADV_RANDOM)
+        # Look-ups must not read all rows into memory, as read-around does; with it a hit took 500 µs instead of 280 when
+        # nothing was cached. Hints and table are small: there it helps.
+        start = -(-(HEADER.size + rows) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < self._packs_at:
+            self._map.madvise(mmap.MADV_RANDOM, start, self._packs_at - start)
         self._table = memoryview(self._map)[table_at:].cast("I")
         self._firsts = [span.first for span in info.spans]
         self.bits = int(bits)

@@ -145,7 +145,8 @@ def certified(config: dict[str, Any]) -> str:
     """The repository id that a config must have."""
     nonce = config["repository_id"][:32]
     body = as_json({**config, "repository_id": nonce})
-    return nonce + blake3(body, derive_key_context="coffret 2026 repository id of a config").hexdigest()[:32]
+    hashed: str = blake3(body, derive_key_context="coffret 2026 repository id of a config").hexdigest()
+    return f"{nonce}{hashed[:32]}"
 
 
 def as_json(content: dict[str, Any]) -> bytes:

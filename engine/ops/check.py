@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from coffret.engine import sealing
 from coffret.engine.catalog_reader import Catalog
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.fetch import Fetcher
+from coffret.engine.mirror import attempt_of
 from coffret.engine.openpool import OpenPool
 from coffret.engine.packfile import pack_name
 from coffret.engine.progress import Item
@@ -148,7 +150,7 @@ class _Check:
             slabs=CHECK_SLABS,
             slab_bytes=self._repository.config.pack_bytes,
         )
-        names = [info.name async for info in self._connector.list("index/")]
+        names = await self._index()
         seen: set[bytes] = set()
         async with pool, anyio.create_task_group() as group:
             for name in names:
@@ -159,6 +161,12 @@ class _Check:
                     slab = await pool.acquire()
                     group.start_soon(self._pack, pool, slab, table)
         self.summary.packs = len(seen)
+
+    async def _index(self) -> list[str]:
+        """The index objects that count: what an attempt that was taken for dead had put is void."""
+        revoked = (await self._repository.commits()).revoked
+        names = [info.name async for info in self._connector.list("index/")]
+        return [name for name in names if attempt_of(name) not in revoked]
 
     async def _tables(self, name: str) -> list[PackTable]:
         try:
@@ -209,7 +217,7 @@ class _Check:
         async for info in self._connector.list("packs/"):
             found[info.name] = info.size_bytes
         seen: set[bytes] = set()
-        for name in [info.name async for info in self._connector.list("index/")]:
+        for name in await self._index():
             for table in await self._tables(name):
                 if table.pack in seen:
                     continue
@@ -228,11 +236,20 @@ class _Check:
             catalog = self._catalog(snapshot)
             try:
                 async for _, entries in catalog.walk((path or b"").strip(b"/")):
-                    ids = [chunk_id for entry in entries for chunk_id, _ in iter_refs(entry.content)]
-                    packs.update(found.pack for found in await self._repository.mirror.locate(ids) if found)
+                    packs |= await self._holding(b"".join(entry.content for entry in entries))
+                    for entry in entries:
+                        if entry.extra is not None and entry.extra.depth:
+                            with suppress(CoffretError):  # reported by `snapshot`, as are those below
+                                async for refs in catalog.file_refs(entry):
+                                    packs |= await self._holding(refs)
             except CoffretError:
-                continue  # reported by `snapshot`
+                continue
         return packs
+
+    async def _holding(self, refs: bytes) -> set[bytes]:
+        """The packs in which chunks lie."""
+        ids = [chunk_id for chunk_id, _ in iter_refs(refs)]
+        return {found.pack for found in await self._repository.mirror.locate(ids) if found}
 
     def _catalog(self, snapshot: Snapshot) -> Catalog:
         return Catalog(snapshot.header.catalog, snapshot.header.depth, self._fetcher.load)
@@ -240,6 +257,7 @@ class _Check:
     async def snapshot(self, snapshot: Snapshot, path: bytes | None) -> None:
         """Verify that every file of a snapshot has all its chunks, whole."""
         self._progress.phase = "files"
+        self._progress.subject = snapshot.short_id
         self.summary.snapshots += 1
         before = self.summary.damaged_files
         catalog = self._catalog(snapshot)

@@ -174,6 +174,7 @@ class _Restore:
         self._fetcher, self._catalog, self._pool, self._group = fetcher, catalog, pool, group
         self._places, self._start, self._options, self._progress = places, start, options, progress
         self._cut = len(base) + 1 if base else 0
+        self._base = b"/" + base if base else b""
         self._named = named
         self._window = Window(pool.slab_bytes)
         self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
@@ -388,8 +389,8 @@ class _Restore:
                 self._fault(*fault)
             for directory, name, _, _, _ in nodes:
                 path = directory + b"/" + name if directory else name
-                if path not in failed and self._progress.on_item is not None:
-                    self._progress.on_item(Item(path, "restored"))
+                if path not in failed:
+                    self._item(path, 0)
 
         self._pool.submit("nodes", nodes, done=done, ordered=True)
 
@@ -419,8 +420,12 @@ class _Restore:
         progress = self._progress
         progress.files += 1
         progress.size_bytes += size_bytes
-        if progress.on_item is not None:
-            progress.on_item(Item(path, "restored", size_bytes))
+        self._item(path, size_bytes)
+
+    def _item(self, path: bytes, size_bytes: int) -> None:
+        if self._progress.on_item is not None:
+            shown = self._base + b"/" + path if path else self._base or b"/"
+            self._progress.on_item(Item(shown, "restored", size_bytes))
 
 
 def missing(chunks: Sequence[tuple[bytes, int, Any]]) -> str:

@@ -1,0 +1,456 @@
+"""Restore: which part, to where, over what; never outside the target; and what damage costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.harness import Program, Recorder, repository, scratch
+from tests.trees import describe, differences
+
+from coffret.engine.catalog_reader import Catalog
+from coffret.engine.entries import make_entry, make_extra
+from coffret.engine.errors import CoffretError, TargetError, UsageError
+from coffret.engine.fetch import Fetcher
+from coffret.engine.filters import PathPatterns
+from coffret.engine.ops.backup import BackupOptions
+from coffret.engine.ops.restore import RestoreOptions
+from coffret.engine.packfile import pack_name
+from coffret.engine.pipeline import Limits
+from coffret.engine.records import ID_BYTES
+from coffret.engine.scan import Scanner
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+    from coffret.engine.records import Entry
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with scratch() as path:
+        yield path
+
+
+class Case:
+    """A repository, the snapshot of a directory `source`, and a target to restore it to."""
+
+    def __init__(self, opened: Repository, place: Path) -> None:
+        self.opened, self.place = opened, place
+        self.source, self.target = place / "source", place / "target"
+        self.snapshot: Snapshot
+
+    async def back_up(self, *paths: Path) -> None:
+        """Make the snapshot that is meant from now on."""
+        roots = [os.fsencode(path) for path in paths or (self.source,)]
+        made = await self.opened.backup(roots, BackupOptions(limits=Limits(workers=1)))
+        self.snapshot = made.snapshot
+
+    async def restore(self, path: Path | str | None = None, **options: object) -> dict[str, str]:
+        """Restore; return the faults by path."""
+        progress = Recorder()
+        summary = await self.opened.restore(
+            self.snapshot,
+            os.fsencode(self.target),
+            path=None if path is None else os.fsencode(path),
+            options=RestoreOptions(**options),  # type: ignore[arg-type]
+            progress=progress,
+        )
+        assert summary.errors == len(progress.faults)
+        return {os.fsdecode(path): reason for path, reason in progress.faults.items()}
+
+    def restored(self) -> set[str]:
+        """What is in the target."""
+        return {str(path.relative_to(self.target)) for path in self.target.rglob("*")}
+
+    def same(self) -> None:
+        """The target holds what the source does."""
+        assert differences(describe(self.source), describe(self.target)) == []
+
+
+@asynccontextmanager
+async def case(place: Path) -> AsyncIterator[Case]:
+    """A small tree, backed up: two large files, some small ones, links of all kinds."""
+    made = place / "source"
+    random = Random(9)
+    for name in ("a/b/c", "a/d", "e", "empty"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(random.randbytes(2000) if name != "empty" else b"")
+    for name in ("large", "a/large"):
+        (made / name).write_bytes(random.randbytes(12 * MIB))
+    (made / "a" / "link").symlink_to("b")
+    (made / "a" / "b" / "linked").hardlink_to(made / "e")
+    os.mkfifo(made / "fifo")
+    os.utime(made / "a", ns=(1, 1_000_000_001))
+    async with repository(place) as opened:
+        each = Case(opened, place)
+        await each.back_up()
+        yield each
+
+
+ALL = {"a", "a/b", "a/b/c", "a/b/linked", "a/d", "a/large", "a/link", "e", "empty", "fifo", "large"}
+
+
+class TestWhich:
+    pytestmark = pytest.mark.anyio
+
+    async def test_parts(self, place: Path) -> None:
+        async with case(place) as c:
+            for path, expected in (
+                (c.source, ALL),
+                (c.source / "a", {name[2:] for name in ALL if name.startswith("a/")}),
+                (c.source / "a" / "b", {"c", "linked"}),
+                (c.source / "a" / "b" / "linked", {"linked"}),
+                (c.source / "a" / "link", {"link"}),
+                (c.source / "a" / "large", {"large"}),
+                (f"{c.source}/a/b/", {"c", "linked"}),
+                (c.source / "fifo", {"fifo"}),
+            ):
+                assert await c.restore(path) == {}
+                assert c.restored() == expected
+                if Path(path).is_dir():
+                    assert differences(describe(Path(path)), describe(c.target)) == []
+                shutil.rmtree(c.target)
+            with pytest.raises(UsageError, match="no /nowhere"):
+                await c.restore("/nowhere")
+            assert not c.target.exists()
+            # From the root down, with the directories on the way and their metadata.
+            assert await c.restore("/") == {}
+            inside = c.target / c.source.relative_to("/")
+            assert differences(describe(c.source), describe(inside)) == []
+            for above in c.source.parents:
+                assert (c.target / above.relative_to("/")).stat().st_mode == above.stat().st_mode
+
+    async def test_several_roots_lie_below_their_common_ancestor(self, place: Path) -> None:
+        async with case(place) as c:
+            c.target.mkdir(mode=0o750)
+            mode = c.target.stat().st_mode
+            await c.back_up(c.source / "a" / "b", c.source / "e", c.source / "a" / "large")
+            assert await c.restore() == {}
+            assert c.restored() == {"a", "a/b", "a/b/c", "a/b/linked", "a/large", "e"}
+            assert (c.target / "e").samefile(c.target / "a" / "b" / "linked")
+            # The ancestor itself was not backed up: what the target is stays as it was.
+            assert c.target.stat().st_mode == mode
+            assert (c.target / "a").stat().st_mtime_ns == 1_000_000_001
+
+    @pytest.mark.parametrize(
+        ("patterns", "expected"),
+        [
+            ((["b"], []), {"a", "a/b", "a/b/c", "a/b/linked"}),
+            ((["/{source}/a/d"], []), {"a", "a/d"}),
+            ((["large"], ["a"]), {"large"}),
+            (([], ["a", "*e*"]), {"fifo"}),
+            ((["nothing"], []), set()),
+            ((["e", "linked"], []), {"a", "a/b", "a/b/linked", "e"}),
+            ((["linked"], []), {"a", "a/b", "a/b/linked"}),
+        ],
+    )
+    async def test_patterns(self, place: Path, patterns: tuple[list[str], list[str]], expected: set[str]) -> None:
+        async with case(place) as c:
+            includes, excludes = ([p.format(source=str(c.source)[1:]) for p in each] for each in patterns)
+            assert await c.restore(patterns=PathPatterns(includes, excludes)) == {}
+            assert c.restored() == expected
+            for name in expected & {"e", "a/b/linked"}:
+                assert (c.target / name).read_bytes() == (c.source / "e").read_bytes()
+
+
+class TestOverwrite:
+    pytestmark = pytest.mark.anyio
+
+    async def prepare(self, c: Case) -> None:
+        """A target with an older state: files that differ, are missing, are another kind, or are only there."""
+        assert await c.restore() == {}
+        for name in ("a/d", "large"):
+            (c.target / name).write_bytes(b"older")
+        os.utime(c.target / "a" / "large", ns=(0, 0))
+        (c.target / "e").unlink()
+        (c.target / "empty").unlink()
+        (c.target / "empty").symlink_to("fifo")
+        (c.target / "fifo").unlink()
+        (c.target / "fifo").write_bytes(b"no fifo")
+        (c.target / "own").write_bytes(b"kept")
+
+    async def test_refuse(self, place: Path) -> None:
+        async with case(place) as c:
+            await self.prepare(c)
+            before = describe(c.target)
+            with pytest.raises(TargetError, match="is not empty"):
+                await c.restore()
+            assert differences(before, describe(c.target)) == []
+
+    @pytest.mark.parametrize("policy", ["always", "if-changed"])
+    async def test_replace(self, place: Path, policy: str) -> None:
+        async with case(place) as c:
+            await self.prepare(c)
+            inode = (c.target / "a" / "b" / "c").stat().st_ino
+            assert await c.restore(overwrite=policy) == {}
+            assert (c.target / "own").read_bytes() == b"kept"
+            (c.target / "own").unlink()
+            os.utime(c.target, ns=(0, c.source.stat().st_mtime_ns))
+            c.same()
+            # What looks the same was not touched.
+            assert ((c.target / "a" / "b" / "c").stat().st_ino == inode) == (policy == "if-changed")
+
+    async def test_never(self, place: Path) -> None:
+        async with case(place) as c:
+            await self.prepare(c)
+            assert await c.restore(overwrite="never") == {}
+            assert (c.target / "a" / "d").read_bytes() == (c.target / "large").read_bytes() == b"older"
+            assert (c.target / "fifo").read_bytes() == b"no fifo"
+            assert (c.target / "e").read_bytes() == (c.source / "e").read_bytes()
+            assert (c.target / "empty").is_symlink()
+
+    async def test_a_file_that_others_have_open_keeps_its_content(self, place: Path) -> None:
+        """A file is replaced whole, under its name; it is never seen half written."""
+        async with case(place) as c:
+            await self.prepare(c)
+            with (c.target / "a" / "d").open("rb") as small, (c.target / "large").open("rb") as large:
+                assert await c.restore(overwrite="always") == {}
+                assert small.read() == large.read() == b"older"
+
+
+class TestNeverOutside:
+    """Links planted in the target, and in a snapshot, lead nowhere."""
+
+    pytestmark = pytest.mark.anyio
+
+    async def test_links_in_the_target(self, place: Path) -> None:
+        outside = place / "outside"
+        async with case(place) as c:
+            (outside / "b").mkdir(parents=True)
+            (outside / "victim").write_bytes(b"untouched")
+            os.utime(outside, ns=(0, 0))
+            before = describe(outside)
+            for policy in ("always", "if-changed", "never"):
+                shutil.rmtree(c.target, ignore_errors=True)
+                c.target.mkdir()
+                (c.target / "a").symlink_to(outside)
+                for name in ("e", "large", "fifo", "empty"):
+                    (c.target / name).symlink_to(outside / "victim")
+                faults = await c.restore(overwrite=policy)
+                # Whatever belongs below the link is named; the rest is there.
+                assert {name for name in ALL if name == "a" or name.startswith("a/")} == faults.keys()
+                assert set(faults.values()) <= {"Not a directory", "Too many levels of symbolic links"}
+                assert differences(before, describe(outside)) == []
+                assert (c.target / "e").is_symlink() == (policy == "never")
+                assert (c.target / "large").is_symlink() == (policy == "never")
+                assert stat.S_ISFIFO((c.target / "fifo").lstat().st_mode) == (policy != "never")
+
+    async def test_directories_and_fifos_in_the_way(self, place: Path) -> None:
+        async with case(place) as c:
+            c.target.mkdir()
+            for name in ("e", "large", "fifo"):
+                (c.target / name / "kept").mkdir(parents=True)
+            os.mkfifo(c.target / "empty")
+            (c.target / "a").write_bytes(b"a file where a directory belongs")
+            faults = await c.restore(overwrite="always")
+            below = {name for name in ALL if name == "a" or name.startswith("a/")}
+            assert faults.keys() == {"e", "large", "fifo", *below}
+            assert (c.target / "empty").is_file()
+            assert (c.target / "a").read_bytes() == b"a file where a directory belongs"
+            assert not [name for name in c.restored() if ".coffret-" in name]
+
+    async def test_a_link_restored_before(self, place: Path) -> None:
+        """A snapshot has a link where the next has a directory."""
+        async with case(place) as c:
+            outside = place / "outside"
+            outside.mkdir()
+            (c.source / "x").symlink_to(outside)
+            await c.back_up()
+            assert await c.restore() == {}
+            (c.source / "x").unlink()
+            (c.source / "x").mkdir()
+            (c.source / "x" / "file").touch()
+            await c.back_up()
+            faults = await c.restore(overwrite="always")
+            assert faults.keys() == {"x", "x/file"}
+            assert list(outside.iterdir()) == []
+
+    async def test_a_link_in_the_snapshot(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A snapshot made by an enemy: a link that has entries below it."""
+        outside = place / "outside"
+        outside.mkdir()
+        real = Scanner._node
+
+        def node(self: Scanner, name: bytes, path: bytes, where: bytes, status: os.stat_result) -> Entry | None:
+            if name != b"a":
+                return real(self, name, path, where, status)
+            extra = make_extra(lambda _: b"", target=os.fsencode(outside))
+            return make_entry(name, (stat.S_IFLNK | 0o777, 0, 0, 0, 0, 0, 0, 0, 1), 0, extra=extra)
+
+        async with case(place) as c:
+            os.utime(c.source / "a")
+            with monkeypatch.context() as patch:
+                patch.setattr(Scanner, "_node", node)
+                await c.back_up()
+            for policy in ("refuse", "always"):
+                shutil.rmtree(c.target, ignore_errors=True)
+                assert await c.restore(overwrite=policy) != {}
+                assert list(outside.iterdir()) == []
+
+
+class TestDamage:
+    pytestmark = pytest.mark.anyio
+
+    async def location(self, c: Case, name: str, *, number: int = 0) -> tuple[Path, int]:
+        """(pack, offset within it of a byte) of a chunk of a file."""
+        directory, _, base = os.fsencode(c.source / name)[1:].rpartition(b"/")
+        async for _, entries in c.opened.entries(c.snapshot, directory, recursive=False):
+            for entry in entries:
+                if entry.name == base:
+                    content = entry.content or (entry.extra.xattrs_ref if entry.extra else b"")
+                    found = await c.opened.mirror.locate([content[number * 36 : number * 36 + ID_BYTES]])
+                    assert found[0] is not None
+                    return place_of(c, found[0].pack), found[0].offset + found[0].stored_bytes // 2
+        raise AssertionError(name)
+
+    @pytest.mark.parametrize(
+        ("name", "number", "costs"),
+        [
+            ("large", 3, {"large"}),
+            ("a/large", 0, {"a/large"}),
+            # Small files share a block.
+            ("a/b/c", 0, {"a/b/c", "a/b/linked", "a/d", "e"}),
+        ],
+    )
+    async def test_a_flipped_bit_costs_the_files_that_hold_it(
+        self, place: Path, name: str, number: int, costs: set[str]
+    ) -> None:
+        async with case(place) as c:
+            pack, offset = await self.location(c, name, number=number)
+            flip(pack, offset)
+            for policy in ("refuse", "always"):
+                faults = await c.restore(overwrite=policy)
+                assert faults.keys() == costs
+                assert c.restored() == ALL - costs
+                shutil.rmtree(c.target)
+
+    async def test_a_link_to_a_damaged_file_is_not_a_link_to_an_older_one(self, place: Path) -> None:
+        async with case(place) as c:
+            c.target.mkdir()
+            (c.target / "a" / "b").mkdir(parents=True)
+            for name in ("e", "a/b/linked"):
+                (c.target / name).write_bytes(name.encode())
+            flip(*await self.location(c, "e"))
+            faults = await c.restore(overwrite="always")
+            assert {"e", "a/b/linked"} <= faults.keys()
+            for name in ("e", "a/b/linked"):
+                assert (c.target / name).read_bytes() == name.encode()
+
+    async def test_attributes_that_are_damaged_cost_their_file(self) -> None:
+        """They lie in chunks of their own if they are large, in a block with pages of the catalog that made them."""
+        value = Random(4).randbytes(3000)
+        while True:
+            with scratch() as place:
+                async with case(place) as c:
+                    (c.source / "attributes").touch()
+                    os.setxattr(c.source / "attributes", "user.large", value)
+                    await c.back_up()
+                    for path in c.source.rglob("*"):
+                        os.utime(path, ns=(0, 0), follow_symlinks=False)
+                    await c.back_up()
+                    assert await c.restore() == {}
+                    assert os.getxattr(c.target / "attributes", "user.large") == value
+                    shutil.rmtree(c.target)
+                    pack, offset = await self.location(c, "attributes")
+                    if pack in await catalog_packs(
+                        c
+                    ):  # a page has no entry of the source in it: another key, another cut
+                        continue
+                    flip(pack, offset)
+                    faults = await c.restore()
+                    assert faults.keys() == {"attributes"}
+                    assert c.restored() == ALL
+                    return
+
+    async def test_a_missing_pack(self, place: Path) -> None:
+        async with case(place) as c:
+            pack, _ = await self.location(c, "large")
+            pack.unlink()
+            faults = await c.restore()
+            assert faults.keys() == {"large", "a/large", "a/b/c", "a/b/linked", "a/d", "e"}
+            assert c.restored() == {"a", "a/b", "a/link", "empty", "fifo"}
+            # Nothing is left that looks like a file.
+            shutil.rmtree(c.target)
+            await c.back_up()
+            (c.source / "new").write_bytes(b"new")
+            await c.back_up()
+            assert "new" not in await c.restore()
+            assert (c.target / "new").read_bytes() == b"new"
+
+    async def test_a_catalog_that_is_gone_is_one_clear_error(self, place: Path) -> None:
+        async with case(place) as c:
+            [catalog] = await c.opened.mirror.locate([c.snapshot.header.catalog[:ID_BYTES]])
+            assert catalog is not None
+            place_of(c, catalog.pack).unlink()
+            with pytest.raises(CoffretError, match=pack_name(catalog.pack)[9:20]):
+                await c.restore()
+            assert not c.target.exists() or list(c.target.iterdir()) == []
+
+
+def place_of(c: Case, pack: bytes) -> Path:
+    """The file of a pack."""
+    return c.place / "repository" / pack_name(pack)
+
+
+async def catalog_packs(c: Case) -> set[Path]:
+    """The packs that hold the pages of the snapshot's catalog."""
+    found: set[Path] = set()
+    fetcher = Fetcher(c.opened.connector, c.opened.sealer, c.opened.mirror, id_key=c.opened.secrets.id_key)
+
+    async def load(refs: Sequence[bytes]) -> list[bytes]:
+        locations = await c.opened.mirror.locate([ref[:ID_BYTES] for ref in refs])
+        found.update(place_of(c, location.pack) for location in locations if location)
+        return await fetcher.load(refs)
+
+    async for _ in Catalog(c.snapshot.header.catalog, c.snapshot.header.depth, load).pages():
+        pass
+    return found
+
+
+def flip(pack: Path, offset: int) -> None:
+    """Change a bit of a file; its owner may have made it read-only."""
+    with pack.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_the_program_says_what_it_could_not_restore() -> None:
+    """Damage, and a target that can't be written: exit code 3, the paths, and everything else restored."""
+    with scratch() as place:
+        program = Program(place, environment={"COFFRET_PASSPHRASE": "x"})
+        program("create")
+        source = place / "source"
+        source.mkdir()
+        for number in range(3):
+            (source / f"{number}").write_bytes(Random(number).randbytes(2 * MIB))
+        program.backup("source")
+        pack = max((place / "repository" / "packs").rglob("*"), key=lambda path: path.stat().st_size)
+        flip(pack, pack.stat().st_size // 2)
+        outcome = program("restore", "--json", "--to", "target", "latest", code=3)
+        assert list(outcome.faults) == [b"1"]
+        assert outcome.summary["errors"] == 1
+        assert sorted(os.listdir(place / "target")) == ["0", "2"]
+        plain = program("restore", "latest", code=3)
+        assert "restore: 1: " in plain.stderr
+        assert "completed with 1 errors" in plain.stdout
+        [made] = place.glob("coffret-*")
+        assert sorted(os.listdir(made)) == ["0", "2"]
+        program("restore", "--to", "target", "latest", code=1)
+        program("restore", "--to", "source/0", "latest", code=1)
+        program("restore", "--to", "other", "latest:/nowhere", code=2)
+        program("restore", "--to", "other", "deadbeef", code=1)
+        program("restore", "--to", "other", "--include", "2", "--overwrite", "never", "latest")
+        assert os.listdir(place / "other") == ["2"]
