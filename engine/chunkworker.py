@@ -34,7 +34,10 @@ STAT_FIELDS = ("mode", "uid", "gid", "size", "mtime_ns", "ctime_ns", "inode", "d
 PATH_MAX = 4096
 _PACK_REF = struct.Struct("<32sI").pack
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OPEN_QUIETLY = _OPEN | os.O_NOATIME
 _PROBES = 16
+# What the kernel copies in one system call, with next to no time between the first byte and the last.
+_AT_ONCE_BYTES = 128 << 10
 # The extents of a file that is one hole: an extent of no length, since no extents at all mean a file without holes.
 NO_DATA = bytes(16)
 
@@ -65,7 +68,7 @@ def open_path(path: bytes, flags: int, *, mode: int = 0) -> int:
 def open_source(path: bytes) -> int:
     """Open a file to be read, without touching its access time where that is allowed (to its owner and root)."""
     try:
-        return open_path(path, _OPEN | os.O_NOATIME)
+        return os.open(path, _OPEN_QUIETLY) if len(path) < PATH_MAX else open_path(path, _OPEN_QUIETLY)
     except PermissionError:
         return open_path(path, _OPEN)
 
@@ -73,10 +76,12 @@ def open_source(path: bytes) -> int:
 def read_xattrs(target: int | bytes, *, follow: bool = True) -> list[tuple[bytes, bytes]]:
     """All extended attributes, ACLs and capabilities included, sorted by name; empty where there are none at all."""
     try:
-        names = os.listxattr(target, follow_symlinks=follow)
+        names = os.listxattr(target) if follow else os.listxattr(target, follow_symlinks=False)
     except OSError:
         return []
-    found = []
+    found: list[tuple[bytes, bytes]] = []
+    if not names:
+        return found
     for name in sorted(names):
         try:
             found.append((os.fsencode(name), os.getxattr(target, name, follow_symlinks=follow)))
@@ -162,41 +167,45 @@ class Worker:
         self._send(("batch", job, number, results))
 
     def _small(self, path: bytes, view: memoryview, at: int, read_ns: int) -> tuple[str | Result | None, int]:
+        """Read a whole file to `view[at:]`: (result, where the next one goes). It sees every file: each call counts."""
         fd = open_source(path)
         try:
             before = os.fstat(fd)
-            if not stat.S_ISREG(before.st_mode):
+            mode, size = before.st_mode, before.st_size
+            if mode & 0o170000 != 0o100000:
                 return "is no regular file any more", at
-            size = before.st_size
             if at + size + 1 > len(view):
                 return None, at
-            extents, found = b"", [(0, size)]
             if before.st_blocks * 512 < size and (found := data_extents(fd, size)) != [(0, size)]:
-                extents = pack_extents(found) or NO_DATA
-                got = self._read_extents(fd, found, view[at:])
-            elif size:
-                # One byte more than expected tells a file that has grown.
-                got = read_cached(fd, view[at : at + size + 1])
+                return self._sparse(fd, before, found, view, at, read_ns)
+            # One byte more than expected tells a file that has grown.
+            got = read_cached(fd, view[at : at + size + 1]) if size else 0
+            if got != size:
+                note = "changed while it was read"
+                got = min(got, size)
             else:
-                got = 0
-            expected = sum(length for _, length in found)
-            note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
-            got = min(got, expected)
-            if extents and got < expected:
-                extents = pack_extents(clip(found, got)) or NO_DATA
+                # What one read took at once needs no second look: a later change shows in the times, and one in the
+                # same tick makes the file racy.
+                note = changed(before, os.fstat(fd)) if size > _AT_ONCE_BYTES else ""
             data = view[at : at + got]
-            result = (
-                fields(before, size if extents else got),
-                read_ns,
-                at,
-                self._refs(data),
-                extents,
-                read_xattrs(fd),
-                note,
+            stored = (
+                *(mode, before.st_uid, before.st_gid, got, before.st_mtime_ns, before.st_ctime_ns),
+                *(before.st_ino, before.st_dev, before.st_nlink),
             )
-            return result, at + got
+            return (stored, read_ns, at, self._refs(data), b"", read_xattrs(fd), note), at + got
         finally:
             os.close(fd)
+
+    def _sparse(
+        self, fd: int, before: os.stat_result, found: list[tuple[int, int]], view: memoryview, at: int, read_ns: int
+    ) -> tuple[Result, int]:
+        expected, got = sum(length for _, length in found), 0
+        for offset, length in found:
+            got += read_fully(fd, view[at + got : at + got + length], offset)
+        note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
+        extents = pack_extents(found if got == expected else clip(found, got)) or NO_DATA
+        data, xattrs = view[at : at + got], read_xattrs(fd)
+        return (fields(before, before.st_size), read_ns, at, self._refs(data), extents, xattrs, note), at + got
 
     def _refs(self, data: memoryview) -> bytes:
         if len(data) <= self._whole_bytes:
@@ -206,12 +215,6 @@ class Worker:
             refs.append(_PACK_REF(blake3(data[at : at + length], key=self._id_key).digest(), length))
             at += length
         return b"".join(refs)
-
-    def _read_extents(self, fd: int, extents: list[tuple[int, int]], view: memoryview) -> int:
-        got = 0
-        for offset, length in extents:
-            got += read_fully(fd, view[got : got + length], offset)
-        return got
 
     def _file(self, job: int, path: bytes) -> None:
         try:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from coffret.engine.records import Entry
 
 Chunk = tuple[bytes, int, "Location | None"]
-# Files of a window: as many small ones as keep a worker busy for some ten milliseconds.
-_MAX_FILES = 512
+# Of a window's files: as many as keep a worker busy for some ten milliseconds, since a block that two windows need is
+# opened twice; and not so many that a worker holds much memory.
+_MAX_FILES, _MAX_RAW_BYTES = 1024, 16 << 20
 
 
 def file_meta(entry: Entry, xattrs: Sequence[tuple[bytes, bytes]]) -> tuple[Any, ...]:
@@ -49,9 +50,13 @@ class Window:
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether another file of these chunks, or a file at all, fits."""
+        if self._files >= _MAX_FILES or self.raw_bytes >= _MAX_RAW_BYTES:
+            return False
+        room = self._slab_bytes - self._stored_bytes
+        if sum([found.stored_bytes for _, _, found in chunks if found is not None]) <= room:
+            return True
         more = {(found.pack, found.offset): found.stored_bytes for _, _, found in chunks if found is not None}
-        stored = sum(size for key, size in more.items() if key not in self._numbers)
-        return self._stored_bytes + stored <= self._slab_bytes and self._files < _MAX_FILES
+        return sum(size for key, size in more.items() if key not in self._numbers) <= room
 
     def part(self, chunk_id: bytes, length: int, location: Location) -> tuple[int, int, int, bytes]:
         """A chunk as a worker finds it; its block joins the window."""

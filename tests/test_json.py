@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
-from tests.harness import ROOT, Program
+from tests.harness import ROOT, Program, path_of
 
 from coffret.display import SCHEMA_VERSION
 
@@ -138,7 +138,7 @@ def test_backup(program: Program, command: str) -> None:
     outcome = program(command, "--json", "-v", source, source + b"/" + ODD)
     messages = validate_all(outcome, "item of backup, check and restore", "summary of backup")
     items = [message for message in messages if message["message_type"] == "item"]
-    assert {item["status"] for item in items} == {"new", "changed", "unmodified"} - {"new"}
+    assert {item["status"] for item in items} <= {"new", "changed", "unmodified"}
     summary = messages[-1]
     assert summary["command"] == command
     assert summary["new"] + summary["changed"] + summary["unmodified"] == len(items)
@@ -201,7 +201,7 @@ def test_check(program: Program, how: list[str]) -> None:
     outcome = program("check", "--json", *how)
     messages = validate_all(outcome, "item of backup, check and restore", "summary of check")
     assert messages[-1]["clean"] is True
-    assert ("-v" in how) == (len(messages) > 1)
+    assert ("-v" in how) == bool(outcome.of_type("item"))
 
 
 def test_check_of_damage(program: Program, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     outcome = program("restore", "--json", "-v", "-to", place, snapshot)
     messages = validate_all(outcome, "item of backup, check and restore", "summary of restore")
     source = os.fsencode(program.home / "source")
-    paths = {base64.b64decode(m["path_b64"]) if "path_b64" in m else m["path"].encode() for m in messages[:-1]}
+    paths = {path_of(item) for item in outcome.of_type("item")}
     assert paths >= {source, source + b"/plain", source + b"/" + ODD + b"/file"}
     assert base64.b64decode(messages[-1]["target_b64"]) == place
     assert messages[-1]["files"] == 2
@@ -271,7 +271,7 @@ def test_passphrase(tmp_path: Path) -> None:
         (["sync"], 2),
         (["backup", "--no-such-option"], 2),
         (["passphrase"], 2),
-        (["passphrase", "rm", "12"], 1),
+        (["passphrase", "rm", "12"], 2),
         (["at", "/nowhere/at all", "ls"], 10),
         (["ls", "nosuch"], 1),
         (["ls", "latest:/no/such"], 2),

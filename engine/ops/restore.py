@@ -279,11 +279,15 @@ class _Restore:
         self._pool.submit(kind, blocks, *arguments, slab=slab, done=done)
 
     def _written(self, window: Window, faults: list[tuple[bytes, str]]) -> None:
-        del self._begun[id(window)]
         failed = {path for path, _ in faults}
         for path, reason in faults:
             self._fault(path, reason)
+        progress = self._progress
         for directory, files in window.groups:
+            if not failed and progress.on_item is None:
+                progress.files += len(files)
+                progress.size_bytes += sum([meta[3] for _, _, meta, _, _ in files])
+                continue
             for name, _, meta, *_ in files:
                 path = directory + b"/" + name if directory else name
                 if path not in failed:
