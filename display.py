@@ -35,6 +35,11 @@ def printable(path: bytes) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `12,345 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def path_fields(path: bytes, name: str = "path") -> dict[str, str]:
     """A path in JSON: `path`, and `path_b64` if it is not UTF-8; or under another name, and that with `_b64`."""
     try:
@@ -73,6 +78,10 @@ class Display:
     def elapsed_s(self) -> float:
         """Seconds since the command began."""
         return round(time.perf_counter() - self._begin, 3)
+
+    def begin(self) -> None:
+        """The work begins now: a passphrase was asked for before."""
+        self._begin = time.perf_counter()
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -159,8 +168,8 @@ class Display:
         table = Table.grid(padding=(0, 2))
         speed = format_size(int(done / max(elapsed, 0.001))) + "/s"
         table.add_row(
-            f"[bold]{self.name}[/] {progress.phase}",
-            f"{progress.files:,} files" + (f" of {progress.files_total:,}" if progress.files_total else ""),
+            f"[bold]{self.name}[/]" + ("" if progress.phase == self.name else f" {progress.phase}"),
+            counted(progress.files, "file") + (f" of {progress.files_total:,}" if progress.files_total else ""),
             format_size(done) + (f" of {format_size(total)}" if total else ""),
             speed,
             f"{elapsed:.0f}s" + _eta(done, total, elapsed),
@@ -176,7 +185,7 @@ class Display:
                 f"ratio {ratio:.2f}",
             )
         if progress.errors:
-            table.add_row("", f"[red]{progress.errors} errors[/]")
+            table.add_row("", f"[red]{counted(progress.errors, 'error')}[/]")
         from rich.text import Text
 
         for path in list(progress.current.values()):
@@ -186,10 +195,9 @@ class Display:
     def _plain(self) -> str:
         progress = self.progress
         phase = "" if progress.phase == self.name else f" {progress.phase}:"
-        text = (
-            f"{self.name}:{phase} {progress.files} files, {format_size(max(progress.size_bytes, progress.read_bytes))}"
-        )
-        return text + (f", {progress.errors} errors" if progress.errors else "")
+        done = format_size(max(progress.size_bytes, progress.read_bytes))
+        text = f"{self.name}:{phase} {counted(progress.files, 'file')}, {done}"
+        return text + (f", {counted(progress.errors, 'error')}" if progress.errors else "")
 
     def _counters(self) -> dict[str, Any]:
         progress = self.progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.display import paths_fields
+from coffret.display import counted, paths_fields
 from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import format_duration, format_size, parse_size
 
@@ -98,7 +98,7 @@ def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
     header, counts = summary.snapshot.header, summary.counts
     done = "would create an" if dry_run else "created"
     which = "unsigned snapshot" if dry_run else f"unsigned snapshot {summary.snapshot.short_id}"
-    tail = f", {counts.errors} errors" if counts.errors else ""
+    tail = f", {counted(counts.errors, 'error')}" if counts.errors else ""
     duration_s = summary.duration_ns / 1e9
     session.display.summary(
         f"backup: {done} {which} of size {format_size(counts.size_bytes)} in {format_duration(duration_s)}{tail}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coffret.commands.running import DAMAGE_FOUND, Session, common_path, split_target
-from coffret.display import printable
+from coffret.display import counted, printable
 from coffret.engine.repository import open_storage
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def _report(session: Session, summary: CheckSummary, shown: list[str]) -> int:
         text = f"check: verification of {' '.join(shown)} completed successfully"
     else:
         text = (
-            f"check: verification of {' '.join(shown)} found damage: {len(summary.damaged_packs)} packs, "
-            f"{len(summary.damaged_objects)} other objects, {len(summary.damaged_snapshots)} snapshots, "
-            f"{summary.damaged_files} files"
+            f"check: verification of {' '.join(shown)} found damage: "
+            f"{counted(len(summary.damaged_packs), 'pack')}, {counted(len(summary.damaged_objects), 'other object')}, "
+            f"{counted(len(summary.damaged_snapshots), 'snapshot')}, {counted(summary.damaged_files, 'file')}"
         )
     session.display.summary(
         text,

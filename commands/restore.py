@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coffret.commands.running import Session, common_path, split_target
-from coffret.display import path_fields, printable
+from coffret.display import counted, path_fields, printable
 
 if TYPE_CHECKING:
     from coffret.engine.ops.restore import RestoreOptions
@@ -42,7 +42,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
                 found, os.fsencode(into), path=path, options=_options(given), progress=display.progress
             )
         shown = printable(path or common_path(found.header.roots))
-        ending = f"with {summary.errors} errors" if summary.errors else "successfully"
+        ending = f"with {counted(summary.errors, 'error')}" if summary.errors else "successfully"
         display.summary(
             f"restore: restoration of {found.short_id}:{shown} at {printable(os.fsencode(into))} completed {ending}",
             snapshot_id=found.id,

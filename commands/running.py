@@ -60,6 +60,7 @@ class Session:
                     f"a passphrase is given, but the repository at {self.globals.repository} has no encryption",
                     remedy="unset it if that is intended; otherwise do not trust this storage",
                 )
+            self.display.begin()
             try:
                 yield opened
             finally:

@@ -43,12 +43,6 @@ class HardLinks:
         self._spool.write(len(record).to_bytes(4, "little") + record)
         return True
 
-    def keep(self, directory: bytes, entry: Entry) -> None:
-        """An entry is in the target already and stays: others of its group that are missing are linked to it."""
-        if self._take(entry) is None:
-            assert entry.extra is not None
-            self._groups[entry.device, entry.inode] = (directory, entry.name, 0, entry.extra.nlink - 1)
-
     def _take(self, entry: Entry) -> tuple[bytes, bytes, int] | None:
         """The first of an entry's group, and the inode that was in its place; None if this is the first."""
         group = (entry.device, entry.inode)
@@ -91,8 +85,11 @@ def _link(
     *,
     replace: bool,
 ) -> None:
-    if _inode(places, first_directory, first_name) in (before, 0):
+    first = _inode(places, first_directory, first_name)
+    if first in (before, 0):
         raise OSError(errno.ENOENT, "the file that it is a link to could not be restored")
+    if first == _inode(places, directory, name):
+        return
     source = os.dup(places.enter(first_directory))
     try:
         folder = places.enter(directory)

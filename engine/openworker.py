@@ -248,6 +248,7 @@ class OpenWorker:
             os.unlink(temporary, dir_fd=self._places.enter(directory))
             return []
         path = directory + b"/" + name if directory else name
+        folder = -1
         try:
             folder = self._places.enter(directory)
             fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -257,6 +258,8 @@ class OpenWorker:
                 os.close(fd)
             os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
             return [(path, reason_of(error))]
         return [(path, note) for note in notes]
 

@@ -109,7 +109,7 @@ def start(program: Program, *arguments: str | bytes | Path) -> Terminal:
         "COFFRET_REPOSITORY": str(program.repository),
         **program.environment,
     }
-    words = [python, "-X", "faulthandler", "-m", "coffret", *map(os.fsencode, arguments)]
+    words = [os.fsencode(word) for word in (python, "-m", "coffret", *arguments)]
     pid, descriptor = pty.fork()
     if pid == 0:
         try:
@@ -118,5 +118,3 @@ def start(program: Program, *arguments: str | bytes | Path) -> Terminal:
         finally:
             os._exit(127)
     return Terminal(pid, descriptor)
-
-

@@ -12,6 +12,7 @@ from tests import fault_harness
 from tests.fault_harness import PASSPHRASE, Here, contents, make_source, objects, put_in_place, replace_tree
 from tests.harness import Program, needs_root
 
+from coffret import cli
 from coffret.engine.configuration import config_bytes
 from coffret.engine.ops import check, restore
 from coffret.engine.records import Config
@@ -320,7 +321,7 @@ def test_secrets_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(keys, "unlock", broken)
     with run._surroundings({} if level == "with tracebacks" else {"COFFRET_TRACEBACK": ""}) as (out, err):
-        assert fault_harness.cli.run(["ls"]) == 1
+        assert cli.run(["ls"]) == 1
     shown = (out.getvalue() + err.getvalue()).decode()
     assert ("Traceback" in shown) == (level == "with tracebacks")
     for secret in (found[0].data_key, found[0].id_key, found[0].chunker_key):

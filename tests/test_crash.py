@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def home(tmp_path: Path) -> Path:
     """A repository, and a source that takes some tenths of a second."""
     fault_harness.create(tmp_path, encrypted=False)
-    make_source(tmp_path / "source", files=2000, large_bytes=64 << 20)
+    make_source(tmp_path / "source", files=600, large_bytes=24 << 20)
     return tmp_path
 
 
@@ -57,10 +57,14 @@ def test_worker_killed(home: Path, command: str) -> None:
     if command != "backup":
         program("backup", source)
     for turn, after_s in enumerate(moments(f"worker {command}", 2, 0.6)):
-        (source / "fresh").write_bytes(random.Random(turn).randbytes(32 << 20))
+        (source / "fresh").write_bytes(random.Random(turn).randbytes(12 << 20))
         target = home / "target"
         shutil.rmtree(target, ignore_errors=True)
-        words = {"backup": ["backup", source], "restore": ["restore", "latest", "--to", target], "check": ["check"]}
+        words: dict[str, list[str | Path]] = {
+            "backup": ["backup", source],
+            "restore": ["restore", "latest", "--to", target],
+            "check": ["check"],
+        }
         process = program.start(*words[command])
         workers: list[int] = []
         while process.poll() is None and not workers:
@@ -93,9 +97,10 @@ def test_main_killed(home: Path, command: str) -> None:
         program("backup", source)
     shared = set(os.listdir("/dev/shm"))
     for turn, after_s in enumerate(moments(f"main {command}", 4 if command == "backup" else 2, 1.0)):
-        (source / "fresh").write_bytes(random.Random(turn).randbytes(32 << 20))
+        (source / "fresh").write_bytes(random.Random(turn).randbytes(12 << 20))
         target = home / f"target{turn}"
-        process = program.start(*(["backup", source] if command == "backup" else ["restore", "latest", "--to", target]))
+        words: list[str | Path] = ["backup", source] if command == "backup" else ["restore", "latest", "--to", target]
+        process = program.start(*words)
         slept(process, after_s)
         processes = below(process.pid)
         process.kill()

@@ -13,7 +13,7 @@ from blake3 import blake3
 from tests import format_oracle as oracle
 
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import sealing
+from coffret.engine import catalog, catalog_reader, catalog_walk, chunker, configuration, keys, packfile, sealing
 from coffret.engine.catalog import Cutter, RefList, describe
 from coffret.engine.chunker import FASTCDC_GEAR64, Chunker
 from coffret.engine.configuration import config_bytes, config_hash, new_config, parse_config
@@ -171,8 +171,8 @@ def test_chunker() -> None:
     assert [f"{value:016x}" for value in table[:4]] == vector["table"]
     minimum, average, maximum = vector["sizes"]
     assert oracle.cut(table, (minimum, average, maximum), data) == vector["lengths"]
-    chunker = Chunker(FASTCDC_GEAR64, minimum, average, maximum, vector["chunker_key"])
-    assert chunker.cut(data, final=True) == vector["lengths"]
+    cutter = Chunker(FASTCDC_GEAR64, minimum, average, maximum, vector["chunker_key"])
+    assert cutter.cut(data, final=True) == vector["lengths"]
 
 
 def test_lists() -> None:
@@ -259,3 +259,20 @@ def test_mark() -> None:
     vector = VECTORS["mark"]
     _, payload = SEALER.open(sealing.MARK, vector["name"], vector["stored"])
     assert decode_mark(payload).packs == opened("mark")["packs"] == b"".join(map(bytes.fromhex, vector["packs"]))
+
+
+def test_limits() -> None:
+    """What the document says that a reader refuses."""
+    text = oracle.DOCUMENT.read_text()
+    for said, held in (
+        ("config | 16 KiB", configuration.MAX_CONFIG_BYTES == 16 << 10),
+        ("key slot | 4 KiB; 64 that are live", (keys.MAX_SLOT_BYTES, keys.MAX_SLOTS) == (4 << 10, 64)),
+        ("1 GiB of memory and at least 8 KiB a lane, 16 passes, 16 lanes", keys._CEILING == (1 << 20, 16, 16)),
+        ("payload of an object that is no pack; block table | 1 GiB", sealing.MAX_OBJECT_BYTES == 1 << 30),
+        ("block | 64 MiB raw", packfile.MAX_RAW_BYTES == chunker.MAX_BYTES == 64 << 20),
+        ("page, node, list | 16 MiB", catalog_walk._MAX_PAYLOAD_BYTES == 16 << 20),
+        ("depth 0 … 16", catalog.MAX_DEPTH == 16),
+        ("xattrs, extents in chunks | 256 MiB", catalog_reader._MAX_ATTRIBUTE_BYTES == 256 << 20),
+    ):
+        assert said in text
+        assert held, said

@@ -118,10 +118,14 @@ def delay(monkeypatch: pytest.MonkeyPatch, seed: str, longest_s: float) -> None:
 
         monkeypatch.setattr(owner, name, late)
 
-    for owner, name in ((Channel, "send"), (Channel, "receive"), (ChunkPool, "_handle"), (ChunkPool, "submit")):
-        slowly(owner, name)
-    for owner, name in ((OpenPool, "acquire"), (OpenPool, "_handle"), (Packer, "make_room")):
-        slowly(owner, name)
+    for owner, names in (
+        (Channel, ("send", "receive")),
+        (ChunkPool, ("_handle", "submit")),
+        (OpenPool, ("_handle", "acquire")),
+        (Packer, ("make_room",)),
+    ):
+        for name in names:
+            slowly(owner, name)
     place = Packer.place
 
     def place_late(self: Packer, body: Any) -> Any:
@@ -174,9 +178,9 @@ async def test_each_put_fails(storage: Storage, tmp_path: Path, lost: bool) -> N
         fresh = Storage(tmp_path)
         error = ConnectionLost("torn") if lost else StorageFull("full")
         hook = failing_at(number, error)
-        hooks = {"after": hook} if lost else {"before": hook}
+        torn = FaultyConnector(fresh.memory, before=None if lost else hook, after=hook if lost else None)
         with anyio.fail_after(HANGS_S):
-            async with fresh.open(FaultyConnector(fresh.memory, **hooks)) as repository:
+            async with fresh.open(torn) as repository:
                 with pytest.raises(Exception) as raised:
                     await repository.backup([bytes(source)], LEAST)
         assert isinstance(reported(raised.value), StorageError if lost else OutOfSpace)

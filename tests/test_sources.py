@@ -43,6 +43,12 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """One loop is enough for what is tested here."""
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture
 def program(place: Path) -> Program:
     """The program, with a repository beside a directory `source`."""
     made = Program(place)

@@ -217,7 +217,7 @@ class _Restore:
             kept = await to_thread.run_sync(_existing, self._places, place, wanted, self._options.overwrite)
             for entry in wanted:
                 if self._options.overwrite == "if-changed" and entry.name in kept and _linked(entry):
-                    self._links.keep(place, entry)
+                    self._links.seen(place, entry, None)
             wanted = [entry for entry in wanted if entry.name not in kept]
         for entry in wanted:
             if _linked(entry) and self._links.seen(place, entry, self._places if self._temporary else None):

@@ -103,12 +103,10 @@ async def sweep(party: Party) -> bool:
     if party.keeps(Rule.GRACE):
         party.store.deliver_all()
     attempt = party.new_id("m")
-    if party.keeps(Rule.LEASE_FIRST):
+    if party.keeps(Rule.SWEEP_LEASE):
         await party.put_lease(attempt)
     marks = await list_marks(party)
     view = early or await look_closely(party)
-    if not party.keeps(Rule.LEASE_FIRST):
-        await party.put_lease(attempt)
     alone = set(marks.open) == {number} or not party.keeps(Rule.SINGLE_MARK)
     if number in marks.open and alone and await replace(party, attempt, view, marks, number):
         party.journal.sweeps += 1
@@ -205,11 +203,9 @@ async def put_swept(party: Party, attempt: str, view: View) -> None:
 async def merge(party: Party) -> None:
     """Replace some index objects by one, without a sweep."""
     attempt = party.new_id("m")
-    if party.keeps(Rule.LEASE_FIRST):
+    if party.keeps(Rule.MERGE_LEASE):
         await party.put_lease(attempt)
     view = await look(party)
-    if not party.keeps(Rule.LEASE_FIRST):
-        await party.put_lease(attempt)
     spared = view.marks.packs if party.keeps(Rule.MERGE_SPARES_MARKED) else frozenset()
     replaced = [
         name

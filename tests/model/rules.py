@@ -9,7 +9,9 @@ class Rule(Enum):
     """One rule; its value is the sentence it stands for. `README.md` says where each matters."""
 
     # Any attempt
-    LEASE_FIRST = "put the lease, then list"
+    LEASE_FIRST = "a writer puts the lease, then lists"
+    SWEEP_LEASE = "a sweep is an attempt of its own, with a lease"
+    MERGE_LEASE = "merging is an attempt of its own, with a lease"
     TRASH_FIRST = "list trash before index, snapshots and removed"
     LEASE_LAST = "the lease goes only after the commit"
     PUT_IF_ABSENT = "commits and tombstones are put if absent: exactly one of owner and maintenance wins"

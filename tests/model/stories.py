@@ -28,6 +28,16 @@ REVOKED = (
 
 STORIES: dict[Rule, Play] = {
     Rule.LEASE_FIRST: _told("remove", "backup until put leases/", "maintain"),
+    Rule.SWEEP_LEASE: _told(
+        "backup",
+        "remove",
+        "merge",
+        "mark",
+        "sweep until put index/",
+        "maintain",  # sweeps that mark and another, which names what the first sweep is about to spare
+        "backup" + NEXT_TURN,
+    ),
+    Rule.MERGE_LEASE: _told("remove", "merge until put index/", "maintain", "backup" + NEXT_TURN),
     Rule.TRASH_FIRST: _told("remove", "mark", SEEN_RECORDED, "backup until list trash/"),
     Rule.LEASE_LAST: _told("remove", COMMITTING, "maintain"),
     Rule.PUT_IF_ABSENT: _told("remove", COMMITTING, "maintain"),

@@ -1,0 +1,153 @@
+"""What the documents show works: commands, the library example, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from tests import terminal
+from tests.harness import ROOT, Program, interpreter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")]
+)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+# A figure, an id or a time in what a command printed: it differs from run to run.
+_VARYING = [
+    (r"[0-9a-f]{8}…[0-9a-f]{4}|[0-9a-f]{64}", "ID64"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"),
+    (r"\b[0-9a-f]{8}\b", "ID8"),
+    (r"[\d.]+ [kMG]?B", "SIZE"),
+    (r"(?<=in )[\d.]+(µs|ms|s)", "DURATION"),
+    (r"  +\d+(\.\d+)?s  +", "  DURATION  "),
+    (r" {2,}", "  "),
+]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks of a document that are in a language ("" if none is named)."""
+    return [body for found, body in _FENCE.findall((ROOT / document).read_text()) if found == language]
+
+
+def shape(text: str) -> str:
+    for pattern, replacement in _VARYING:
+        text = re.sub(pattern, replacement, text)
+    return text.rstrip()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links(document: Path) -> None:
+    """What a document links to is there, headings too."""
+    text = _FENCE.sub("", (ROOT / document).read_text())
+    for link in _LINK.findall(text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}, link
+
+
+def test_transcript(tmp_path: Path) -> None:
+    """The run that the README opens with prints what it shows: each line, but for ids, times and sizes."""
+    transcript = next(block for block in blocks("README.md", "") if block.startswith("$ coffret"))
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
+    shown: list[tuple[str, list[str]]] = []
+    for line in transcript.splitlines():
+        if line.startswith("$ "):
+            shown.append((line[2:], []))
+        else:
+            shown[-1][1].append(line)
+    program, short = Program(tmp_path), ""
+    for command, lines in shown:
+        places = {"/var/backups": "backups", "/etc": "etc", "/tmp/restore": "restore"}
+        words = [re.sub(r"^[0-9a-f]{8}$", short, word) for word in shlex.split(command)[1:]]
+        words = [str(tmp_path / places[word]) if word in places else word for word in words]
+        if "create" in words:
+            create = terminal.start(program, *words)
+            for prompt in ("repository passphrase:", "(confirm):"):
+                create.expect(prompt)
+                create.type("correct horse")
+            assert create.end() == 0
+            printed = [line.rstrip() for line in create.plain if line]
+            program = program.with_environment(COFFRET_PASSPHRASE="correct horse")
+        else:
+            printed = program(*words).stdout.splitlines()
+        if found := re.search(r"snapshot ([0-9a-f]{8})", printed[-1]):
+            short = found[1]
+        for place, name in places.items():
+            printed = [re.sub(rf"{re.escape(str(tmp_path / name))}\b", place, line) for line in printed]
+        assert [shape(line) for line in printed] == [shape(line) for line in lines], command
+
+
+def test_every_day(tmp_path: Path) -> None:
+    """The commands of the README's second block run as they stand, in a shell, with other directories."""
+    [block] = [block for block in blocks("README.md", "sh") if "COFFRET_REPOSITORY" in block]
+    for name in ("etc/ssh", "home/user", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "etc" / "ssh" / "config").write_text("Host *\n")
+    (tmp_path / "home" / "user" / "a.o").write_text("object")
+    (tmp_path / "passphrase").write_text("correct horse\n")
+    python, search_path = interpreter(None)
+    for name, text in (("coffret", f'exec {shlex.quote(python)} -m coffret "$@"'), ("pg_dump", "echo a dump of $1")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = block
+    for place in ("/var/backups", "/root/passphrase", "/tmp/back", "/etc", "/home"):
+        script = re.sub(rf"(?<![\w/]){place}\b", str(tmp_path / place.rpartition("/")[2]), script)
+    script = re.sub(r"^(export COFFRET_PASSPHRASE_FILE.*)$", r"\1" + "\ncoffret create", script, flags=re.MULTILINE)
+    # The directory is looked for in the latest snapshot, which a database's dump need not be.
+    lines = sorted(script.splitlines(), key=lambda line: "latest:" in line)
+    lines.insert(next(n for n, line in enumerate(lines) if "latest:" in line), f"coffret backup {tmp_path}/etc")
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        "PYTHONPATH": search_path,
+        "HOME": str(tmp_path),
+        "LC_ALL": "C.UTF-8",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
+    outcome = subprocess.run(
+        ["sh", "-euc", "\n".join(lines)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "back" / "config").read_text() == "Host *\n"
+    listed = Program(tmp_path, environment={"COFFRET_PASSPHRASE": "correct horse"})("at", tmp_path / "backups", "ls")
+    assert len(listed.stdout.splitlines()) == block.count("coffret backup") + 1
+
+
+def test_library_example(tmp_path: Path) -> None:
+    [example] = blocks("README.md", "python")
+    (tmp_path / "ssh").mkdir()
+    (tmp_path / "ssh" / "config").write_text("Host *\n")
+    code = example.replace("/tmp/coffret", str(tmp_path / "coffret")).replace("/etc/ssh", str(tmp_path / "ssh"))
+    python, search_path = interpreter(None)
+    environment = {
+        "PYTHONPATH": search_path,
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+    }
+    words = [python, "-W", "error", "-c", code]
+    outcome = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert re.fullmatch(r"made [0-9a-f]{8} 1 files\n", outcome.stdout)
+    assert (tmp_path / "coffret-restored" / "config").read_text() == "Host *\n"
+
+
+def test_make_targets() -> None:
+    """The targets of `make` that documents name are there."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        named = re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / document).read_text(), re.MULTILINE)
+        assert set(named) <= targets, document
