@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = Path(__file__).parent / "mirror.jsonl"
 _CHUNKS_PER_PACK, _CHUNK_BYTES = 30, 1 << 20
-_KEPT_PER_OBJECT = 8
+_KEPT_SHARE = 0.005  # of the ids, to ask for later
 _ASKED = 20_000
 _BATCH = 500  # ids a look-up call, as deduplication asks
 
@@ -116,7 +116,7 @@ def made_up(chunks: int, kept: list[bytes]) -> IndexObject:
             offset = 64 + (number - first) * (_CHUNK_BYTES + 16)
             blocks.append(Block(offset, _CHUNK_BYTES + 16, _CHUNK_BYTES, 0, ref))
         tables.append(PackTable(os.urandom(32), bytes(64), _CHUNKS_PER_PACK * _CHUNK_BYTES, blocks))
-    kept += (ids[32 * n : 32 * n + 32] for n in random.sample(range(chunks), min(chunks, _KEPT_PER_OBJECT)))
+    kept += (ids[32 * n : 32 * n + 32] for n in random.sample(range(chunks), max(1, int(chunks * _KEPT_SHARE))))
     return IndexObject(tables)
 
 

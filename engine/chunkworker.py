@@ -258,7 +258,11 @@ class Worker:
             while end < len(view) and pending:
                 offset, length = pending.pop()
                 want = min(length, len(view) - end)
-                got = read_fully(fd, view[end : end + want], offset)
+                try:
+                    got = read_fully(fd, view[end : end + want], offset)
+                except OSError:
+                    self._free.append(number)
+                    raise
                 if evict:
                     os.posix_fadvise(fd, offset, got, os.POSIX_FADV_DONTNEED)
                 end, total = end + got, total + got

@@ -23,7 +23,7 @@ Store = Callable[[bytes], bytes]
 def user_name(uid: int) -> str:
     """Name of a user, or "" where there is none."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return _text(pwd.getpwuid(uid).pw_name)
     except (KeyError, OverflowError):
         return ""
 
@@ -32,9 +32,14 @@ def user_name(uid: int) -> str:
 def group_name(gid: int) -> str:
     """Name of a group, or "" where there is none."""
     try:
-        return grp.getgrgid(gid).gr_name
+        return _text(grp.getgrgid(gid).gr_name)
     except (KeyError, OverflowError):
         return ""
+
+
+def _text(name: str) -> str:
+    """A name as it can be stored: what is not UTF-8 in it is replaced."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def make_extra(

@@ -9,10 +9,15 @@ import tempfile
 from typing import IO, TYPE_CHECKING
 
 import msgspec
+from blake3 import blake3
 
 if TYPE_CHECKING:
     from coffret.engine.places import Places
     from coffret.engine.records import Entry
+
+
+# (device, inode, size, mtime in ns, hash of the content)
+Group = tuple[int, int, int, int, bytes]
 
 
 class HardLinks:
@@ -22,7 +27,7 @@ class HardLinks:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, int], tuple[bytes, bytes, int, int]] = {}
+        self._groups: dict[Group, tuple[bytes, bytes, int, int]] = {}
         self._spool: IO[bytes] | None = None
 
     def seen(self, directory: bytes, entry: Entry, places: Places | None) -> bool:
@@ -35,7 +40,7 @@ class HardLinks:
         if found is None:
             assert entry.extra is not None
             before = _inode(places, directory, entry.name) if places and stat.S_ISREG(entry.mode) else 0
-            self._groups[entry.device, entry.inode] = (directory, entry.name, before, entry.extra.nlink - 1)
+            self._groups[_group(entry)] = (directory, entry.name, before, entry.extra.nlink - 1)
             return False
         if self._spool is None:
             self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by make
@@ -45,7 +50,7 @@ class HardLinks:
 
     def _take(self, entry: Entry) -> tuple[bytes, bytes, int] | None:
         """The first of an entry's group, and the inode that was in its place; None if this is the first."""
-        group = (entry.device, entry.inode)
+        group = _group(entry)
         found = self._groups.get(group)
         if found is None:
             return None
@@ -73,6 +78,15 @@ class HardLinks:
                     path = record[3] + b"/" + record[4] if record[3] else record[4]
                     faults.append((path, error.strerror or str(error)))
         return faults
+
+
+def _group(entry: Entry) -> Group:
+    """What the links of a file have in common.
+
+    The inode is not enough. Entries of an unchanged file are taken over from snapshot to snapshot, while devices get
+    other numbers when a machine starts anew; and a file may have been written to between the reading of two links.
+    """
+    return entry.device, entry.inode, entry.size, entry.mtime_ns, blake3(entry.content).digest(16)
 
 
 def _link(

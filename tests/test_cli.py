@@ -366,7 +366,7 @@ def test_passphrases(tmp_path: Path) -> None:
     second = first.with_environment(COFFRET_PASSPHRASE="two", COFFRET_NEW_PASSPHRASE="three")
     third = first.with_environment(COFFRET_PASSPHRASE="three")
     only = first("passphrase", "list").stdout.split()[1]
-    assert "last" in first("passphrase", "rm", only, code=None).stderr
+    assert "last" in first("passphrase", "rm", only, code=2).stderr
     first("passphrase", "add", "--label", "\x1b[1mspare")
     lines = second("passphrase", "list").stdout.splitlines()
     assert [line[0] for line in lines] == [" ", "*"]
@@ -387,7 +387,7 @@ def test_passphrases(tmp_path: Path) -> None:
     third("ls", code=10)
     assert "put back the config, passphrase " in third("passphrase", "add", "--from", file).stdout
     third("check")
-    third("passphrase", "add", "--from", ROOT / "README.md", code=None)
+    third("passphrase", "add", "--from", ROOT / "README.md", code=2)
 
 
 def test_a_program_without_a_home(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 from contextlib import asynccontextmanager
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import CoffretError, TargetError, UsageError
 from coffret.engine.fetch import Fetcher
 from coffret.engine.filters import PathPatterns
+from coffret.engine.hardlinks import HardLinks
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.ops.restore import RestoreOptions
 from coffret.engine.packfile import pack_name
@@ -28,6 +28,7 @@ from coffret.engine.scan import Scanner
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
 
     from coffret.engine.mirror import Location
     from coffret.engine.records import Entry
@@ -176,8 +177,22 @@ class TestWhich:
             includes, excludes = ([p.format(source=str(c.source)[1:]) for p in each] for each in patterns)
             assert await c.restore(patterns=PathPatterns(includes, excludes)) == {}
             assert c.restored() == expected
+            # The directories on the way have their metadata too.
+            before, after = describe(c.source), describe(c.target)
+            assert differences({path: before[path] for path in after}, after, ignore=["links"]) == []
             for name in expected & {"e", "a/b/linked"}:
                 assert (c.target / name).read_bytes() == (c.source / "e").read_bytes()
+
+
+def test_links_have_the_same_content() -> None:
+    """Device numbers change when a machine starts anew, and unchanged entries keep the old ones."""
+    links, entries = HardLinks(), []
+    for content in (bytes(36), bytes(35) + b"x", bytes(36)):
+        extra = make_extra(lambda _: b"", nlink=2)
+        entries.append(
+            make_entry(b"name", (stat.S_IFREG | 0o600, 0, 0, 1, 0, 0, 77, 5, 2), 0, content=content, extra=extra)
+        )
+    assert [links.seen(b"d%d" % number, entry, None) for number, entry in enumerate(entries)] == [False, False, True]
 
 
 class TestOverwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -442,6 +443,24 @@ class TestWorker:
                 assert data == contents[how][: len(data)]
                 assert extents == b""
 
+    def test_files_that_fail_cost_no_slab(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk with bad sectors: a worker that lost a slab with each would wait for one forever."""
+        (place / "large").write_bytes(bytes(20 * MIB))
+        real_preadv, bad = os.preadv, True
+
+        def preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            if bad and len(buffers[0]) > MIB:
+                raise OSError(errno.EIO, "Input/output error")
+            return real_preadv(fd, buffers, offset, flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+        path = os.fsencode(place / "large")
+        with worker(slab_bytes=16 * MIB) as ask:
+            for _ in range(3):
+                assert ask("file", path) == ("file", 1, "Input/output error")
+            bad = False
+            assert ask("file", path)[0] == "piece"
+
 
 @contextmanager
 def worker(*, slab_bytes: int) -> Iterator[Callable[..., tuple[Any, ...]]]:
@@ -462,8 +481,10 @@ def worker(*, slab_bytes: int) -> Iterator[Callable[..., tuple[Any, ...]]]:
             assert data, "the worker is dead"
             received += data
             answers = list(take_frames(received))
-        answer, job, slab, *rest = answers[0]
-        return answer, job, os.pread(memory, slab_bytes, slab * slab_bytes), *rest
+        answer, job, *rest = answers[0]
+        if answer != "file":
+            rest[0] = os.pread(memory, slab_bytes, rest[0] * slab_bytes)
+        return answer, job, *rest
 
     thread = threading.Thread(target=run)
     with ours:

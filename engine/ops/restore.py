@@ -180,6 +180,7 @@ class _Restore:
         self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
         self._files: list[tuple[bytes, Entry]] = []
         self._links = HardLinks()
+        self._ways: set[bytes] = set()
         # What workers are at: to be cleared away if they are killed.
         self._begun: dict[int, LargeFile | Window] = {}
         # Some names may be taken: files are made under another and renamed.
@@ -219,6 +220,8 @@ class _Restore:
                 if self._options.overwrite == "if-changed" and entry.name in kept and _linked(entry):
                     self._links.seen(place, entry, None)
             wanted = [entry for entry in wanted if entry.name not in kept]
+        if wanted:
+            self._lead_to(place)
         for entry in wanted:
             if _linked(entry) and self._links.seen(place, entry, self._places if self._temporary else None):
                 continue
@@ -233,6 +236,12 @@ class _Restore:
             self._flush_nodes()
         if len(self._files) >= _FILES:
             await self._small()
+
+    def _lead_to(self, place: bytes) -> None:
+        """Something is restored there: the directories on the way, wanted or not, get their metadata too."""
+        while self._options.patterns is not None and place and place not in self._ways:
+            self._ways.add(place)
+            place = place.rpartition(b"/")[0]
 
     async def _small(self) -> None:
         """Add the files that have come together to the window, which is sent off whenever it is full."""
@@ -370,12 +379,17 @@ class _Restore:
     async def _directories(self, directory: bytes, entries: Sequence[Entry]) -> None:
         for entry in reversed(entries):
             path = directory + b"/" + entry.name if directory else entry.name
-            if not stat.S_ISDIR(entry.mode) or not self._wanted(directory, entry):
-                continue
-            if len(path) < max(self._cut, 1) and not self._named:  # the target itself
+            if not stat.S_ISDIR(entry.mode):
                 continue
             place = self._relative(path)
             parent, _, name = place.rpartition(b"/")
+            if not place:  # the target itself
+                if not self._named:
+                    continue
+            elif self._wanted(directory, entry):
+                self._lead_to(parent)
+            elif place not in self._ways:
+                continue
             if (node := await self._node(parent, entry)) is not None:
                 self._nodes.append((parent, name, *node[2:]))
         if len(self._nodes) >= _NODES:

@@ -66,7 +66,7 @@ async def choose_packs(party: Party, marked: frozenset[str]) -> frozenset[str]:
         named.setdefault(pack, set()).update((attempt, table.attempt))
     chosen = set()
     for pack in sorted(packs - marked):
-        if (pack not in keep or party.chance(0.3)) and party.chance(0.8):
+        if (pack not in keep or party.chance(0.5)) and party.chance(0.8):
             if pack not in named and (body := await party.fetch(pack_name(pack), Pack)):
                 named[pack] = {body.attempt}
             if all(attempt in view.ends for attempt in named.get(pack, ())):
@@ -190,13 +190,13 @@ async def publish(party: Party, attempt: str, merged: dict[str, Pack], replaced:
 
 async def put_swept(party: Party, attempt: str, view: View) -> None:
     """Put end markers where removed snapshots were."""
+    kind = Kind.SWEPT if party.keeps(Rule.SWEPT_IS_NO_TOMBSTONE) else Kind.TOMBSTONE
     for owner, end in sorted(view.ends.items()):
         removed = end.kind is Kind.SNAPSHOT and owner in view.removed
-        if party.keeps(Rule.NAMES_STAY_TAKEN):
-            if removed:
-                swept = party.mirror[SNAPSHOTS + owner] = End(Kind.SWEPT, attempt)
-                await party.put(SNAPSHOTS + owner, swept)
-        elif removed or end.kind is Kind.TOMBSTONE:
+        if removed and party.keeps(Rule.NAMES_STAY_TAKEN):
+            swept = party.mirror[SNAPSHOTS + owner] = End(kind, attempt)
+            await party.put(SNAPSHOTS + owner, swept)
+        elif not party.keeps(Rule.NAMES_STAY_TAKEN) and (removed or not end.committed):
             await party.store.delete(SNAPSHOTS + owner)
 
 

@@ -12,7 +12,8 @@ class Rule(Enum):
     LEASE_FIRST = "a writer puts the lease, then lists"
     SWEEP_LEASE = "a sweep is an attempt of its own, with a lease"
     MERGE_LEASE = "merging is an attempt of its own, with a lease"
-    TRASH_FIRST = "list trash before index, snapshots and removed"
+    TRASH_FIRST = "list trash before index and snapshots"
+    REMOVED_AFTER_TRASH = "list removed after trash, too"
     LEASE_LAST = "the lease goes only after the commit"
     PUT_IF_ABSENT = "commits and tombstones are put if absent: exactly one of owner and maintenance wins"
     COMPARE_BYTES = "a lost answer is decided by comparing bytes"
@@ -41,6 +42,7 @@ class Rule(Enum):
     COMMIT_FIRST = "replaced index objects are deleted after the commit"
     INDEX_DELETED_FIRST = "replaced index objects are deleted before the packs"
     DONE_LAST = "the mark ends after everything is deleted"
+    SWEPT_IS_NO_TOMBSTONE = "the end marker of a swept snapshot is no tombstone: its index objects stay good"
     # Merging
     MERGE_SPARES_MARKED = "merging without a sweep leaves index objects that name marked packs alone"
     MERGE_FENCE = "what an index object of a tombstoned attempt names is not merged"

@@ -39,6 +39,7 @@ STORIES: dict[Rule, Play] = {
     ),
     Rule.MERGE_LEASE: _told("remove", "merge until put index/", "maintain", "backup" + NEXT_TURN),
     Rule.TRASH_FIRST: _told("remove", "mark", SEEN_RECORDED, "backup until list trash/"),
+    Rule.REMOVED_AFTER_TRASH: _told("mark", SEEN_RECORDED, "backup until list trash/", "remove"),
     Rule.LEASE_LAST: _told("remove", COMMITTING, "maintain"),
     Rule.PUT_IF_ABSENT: _told("remove", COMMITTING, "maintain"),
     Rule.COMPARE_BYTES: Play(
@@ -86,6 +87,7 @@ STORIES: dict[Rule, Play] = {
     Rule.COMMIT_FIRST: _told("mark", "sweep"),
     Rule.INDEX_DELETED_FIRST: _told("remove", "maintain until delete index/", "check"),
     Rule.DONE_LAST: _told("remove", "mark", "sweep until delete index/", "backup"),
+    Rule.SWEPT_IS_NO_TOMBSTONE: _told("backup", "remove", "maintain"),
     Rule.MERGE_SPARES_MARKED: _told("remove", "mark", SEEN_RECORDED, "merge until put index/", "backup" + NEXT_TURN),
     Rule.MERGE_FENCE: _told(*REVOKED, "merge" + NEXT_TURN, "check until list snapshots/"),
     Rule.RELIST: _told("restore until get packs/", "maintain"),

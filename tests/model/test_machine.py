@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.model.stepping import Fate
 
 SCALE = int(os.environ.get("COFFRET_MODEL_SCALE", "1"))
-EXAMPLES = 400
+EXAMPLES = 250
 STOPS = ("put leases/", "put index/", "put snapshots/", "delete index/", "get packs/", "to the end")
 seeds = st.integers(0, 2**32 - 1)
 

@@ -12,7 +12,7 @@ from tests.model.stories import STORIES
 
 SCALE = int(os.environ.get("COFFRET_MODEL_SCALE", "1"))  # times the usual number of runs, for a long campaign
 CAMPAIGN_RUNS = 1_000
-STORY_RUNS = 300  # the least likely story takes some twenty runs to come true
+STORY_RUNS = 600  # the least likely story takes some fifty runs to come true
 
 
 def test_nothing_is_lost_in_random_runs() -> None:

@@ -112,11 +112,14 @@ async def list_removed(party: Party) -> frozenset[str]:
 async def look(party: Party) -> View:
     """List trash, index, snapshots and removed, in that order."""
     view = View()
+    if not party.keeps(Rule.REMOVED_AFTER_TRASH):
+        view.removed = await list_removed(party)
     if party.keeps(Rule.TRASH_FIRST):
         view.marks = await list_marks(party)
     view.index = await list_index(party)
     view.ends = await list_ends(party)
-    view.removed = await list_removed(party)
+    if party.keeps(Rule.REMOVED_AFTER_TRASH):
+        view.removed = await list_removed(party)
     if not party.keeps(Rule.TRASH_FIRST):
         view.marks = await list_marks(party)
     return view
