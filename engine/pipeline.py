@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
+from coffret.engine.bridge import LoadBridge, Stopped
 from coffret.engine.chunk import Chunking, chunk_stage
 from coffret.engine.chunkpool import ChunkPool
 from coffret.engine.dedup import dedup_stage
@@ -120,6 +121,8 @@ class Pipeline:
             channel.statistics for channel in (self._scanned, self._complete, self._runs, self._blocks, self._packs)
         ]
         self.root: tuple[bytes, int] = (b"", 0)
+        #: How the scan's thread reads the parent's catalog, if there is a parent.
+        self.bridge: LoadBridge | None = None
 
     async def run(self, source: Scanner | StreamSource) -> None:
         """Run all stages to their end over a scanner, or a stream in the place of scan and chunk.
@@ -143,10 +146,17 @@ class Pipeline:
                 group.start_soon(self._upload, threads)
 
     async def _scan(self, scanner: Scanner) -> None:
-        with self._scanned.sender() as outbox:
-            while pages := await to_thread.run_sync(scanner.next, _PAGES_A_STEP):
-                for page in pages:
-                    await outbox.send(page)
+        async with anyio.create_task_group() as group:
+            if self.bridge is not None:
+                group.start_soon(self.bridge.serve)
+            with self._scanned.sender() as outbox:
+                try:
+                    while pages := await to_thread.run_sync(scanner.next, _PAGES_A_STEP):
+                        for page in pages:
+                            await outbox.send(page)
+                except Stopped:  # the consequence of being cancelled, not a cause
+                    await anyio.sleep_forever()
+            group.cancel_scope.cancel()
         self._progress.files_total, self._progress.size_total = scanner.files, scanner.size_bytes
 
     async def _chunk(self, pool: ChunkPool) -> None:

@@ -174,7 +174,7 @@ async def test_every_compression(place: Path) -> None:
     source = place / "source"
     source.mkdir()
     noise = Random(17).randbytes(2 * MIB)
-    stored = {}
+    stored: dict[str, int] = {}
     async with repository(place) as opened:
         for name, level in COMPRESSION_LEVELS.items():
             text = name.encode() + b" text that comes again and again" * 30_000

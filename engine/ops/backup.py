@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio import from_thread
 
 from coffret import __version__
 from coffret.connectors.base import Connector
 from coffret.engine import settings
 from coffret.engine.attempt import Attempt
+from coffret.engine.bridge import LoadBridge
 from coffret.engine.catalog import Cutter
 from coffret.engine.catalog_reader import ParentCursor
 from coffret.engine.errors import ChunkMissing, LeaseLost, reported
@@ -235,11 +235,8 @@ class _Backup:
             return None
         repository, header = self._repository, self._parent.header
         fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
-
-        def load(refs: Sequence[bytes]) -> list[bytes]:
-            return from_thread.run(fetcher.load, refs)
-
-        return ParentCursor(header.catalog, header.depth, load)
+        self._pipeline.bridge = LoadBridge(fetcher.load)
+        return ParentCursor(header.catalog, header.depth, self._pipeline.bridge)
 
     def _header(self) -> SnapshotHeader:
         counts, progress = self._counts, self._progress

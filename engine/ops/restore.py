@@ -196,6 +196,7 @@ class _Restore:
         await self._pool.drain()
         for fault in await to_thread.run_sync(self._links.make, self._places, self._temporary):
             self._fault(*fault)
+        self._links.close()
         async for directory, entries in self._catalog.walk(self._start, reverse=True):
             await self._directories(directory, entries)
         self._flush_nodes()
