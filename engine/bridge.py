@@ -18,6 +18,8 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from anyio.abc import TaskStatus
+
 
 class Stopped(Exception):
     """The event loop answers no more: the run is being cancelled."""
@@ -47,10 +49,11 @@ class LoadBridge:
             self._loop.call_soon_threadsafe(self._wake)
         return answer.result()
 
-    async def serve(self) -> None:
-        """Answer calls until cancelled."""
+    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer calls until cancelled; to be begun by `TaskGroup.start`, so that it can't end before it began."""
         answer: Future[list[bytes]] | None = None
         try:
+            task_status.started()
             while True:
                 while not self._calls:
                     self._called = anyio.Event()

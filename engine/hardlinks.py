@@ -43,7 +43,7 @@ class HardLinks:
             self._groups[_group(entry)] = (directory, entry.name, before, entry.extra.nlink - 1)
             return False
         if self._spool is None:
-            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - until closed
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - closed by make or close
         record = msgspec.msgpack.encode((*found, directory, entry.name))
         self._spool.write(len(record).to_bytes(4, "little") + record)
         return True
@@ -66,21 +66,21 @@ class HardLinks:
         faults: list[tuple[bytes, str]] = []
         if self._spool is None:
             return faults
-        spool = self._spool
-        spool.seek(0)
-        while head := spool.read(4):
-            record = msgspec.msgpack.decode(
-                spool.read(int.from_bytes(head, "little")), type=tuple[bytes, bytes, int, bytes, bytes]
-            )
-            try:
-                _link(places, *record, replace=replace)
-            except OSError as error:
-                path = record[3] + b"/" + record[4] if record[3] else record[4]
-                faults.append((path, error.strerror or str(error)))
+        with self._spool as spool:
+            spool.seek(0)
+            while head := spool.read(4):
+                record = msgspec.msgpack.decode(
+                    spool.read(int.from_bytes(head, "little")), type=tuple[bytes, bytes, int, bytes, bytes]
+                )
+                try:
+                    _link(places, *record, replace=replace)
+                except OSError as error:
+                    path = record[3] + b"/" + record[4] if record[3] else record[4]
+                    faults.append((path, error.strerror or str(error)))
         return faults
 
     def close(self) -> None:
-        """Forget the links that wait."""
+        """Forget the links that wait; nothing else is called after it."""
         if self._spool is not None:
             self._spool.close()
 

@@ -148,7 +148,7 @@ class Pipeline:
     async def _scan(self, scanner: Scanner) -> None:
         async with anyio.create_task_group() as group:
             if self.bridge is not None:
-                group.start_soon(self.bridge.serve)
+                await group.start(self.bridge.serve)
             with self._scanned.sender() as outbox:
                 try:
                     while pages := await to_thread.run_sync(scanner.next, _PAGES_A_STEP):

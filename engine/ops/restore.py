@@ -196,7 +196,6 @@ class _Restore:
         await self._pool.drain()
         for fault in await to_thread.run_sync(self._links.make, self._places, self._temporary):
             self._fault(*fault)
-        self._links.close()
         async for directory, entries in self._catalog.walk(self._start, reverse=True):
             await self._directories(directory, entries)
         self._flush_nodes()
@@ -415,6 +414,7 @@ class _Restore:
 
     def clear(self) -> None:
         """After the workers were killed: remove what they had begun to write and not finished."""
+        self._links.close()
         for begun in self._begun.values():
             if isinstance(begun, LargeFile):
                 self._remove(begun.directory, begun.temporary, None)
