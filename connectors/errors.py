@@ -1,16 +1,16 @@
 """What can go wrong with a storage. Every library's error is mapped onto this tree.
 
-    ConnectorError
-    ├── NotFound            no such object
-    ├── AlreadyExists       put-if-absent found the name taken
-    ├── InvalidRange        a range outside the object
-    ├── InvalidName         a name the contract does not allow
-    ├── InvalidLocation     a location or option no connector understands
-    ├── StorageFull         no space left
-    ├── PermissionRefused   the storage says no
-    ├── NotStorage          the place is something else (a file, a folder with other content)
-    └── TransientError      worth trying again
-        └── ConnectionLost  the answer never came
+ConnectorError
+├── NotFound            no such object
+├── AlreadyExists       put-if-absent found the name taken
+├── InvalidRange        a range outside the object
+├── InvalidName         a name the contract does not allow
+├── InvalidLocation     a location or option no connector understands
+├── StorageFull         no space left
+├── PermissionRefused   the storage says no
+├── NotStorage          the place is something else (a file, a folder with other content)
+└── TransientError      worth trying again
+    └── ConnectionLost  the answer never came
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio import to_thread
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_calls_are_answered_in_order() -> None:
     async def load(refs: Sequence[bytes]) -> list[bytes]:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         return [ref * 2 for ref in refs]
 
     bridge = LoadBridge(load)
@@ -49,8 +50,8 @@ async def test_cancelling_at_any_step_leaves_no_thread_waiting(steps: int) -> No
     """The thread calls again and again; the scope is cancelled after some turns of the loop, wherever that is."""
 
     async def load(refs: Sequence[bytes]) -> list[bytes]:
-        await anyio.sleep(0)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
         return list(refs)
 
     bridge = LoadBridge(load)
@@ -68,7 +69,7 @@ async def test_cancelling_at_any_step_leaves_no_thread_waiting(steps: int) -> No
             await group.start(bridge.serve)
             group.start_soon(to_thread.run_sync, call)
             for _ in range(steps * 5):
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
             group.cancel_scope.cancel()
     assert stopped == [True]
 
@@ -80,7 +81,7 @@ async def test_a_call_after_the_end_is_refused() -> None:
     bridge = LoadBridge(load)
     async with anyio.create_task_group() as group:
         await group.start(bridge.serve)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         group.cancel_scope.cancel()
     with pytest.raises(Stopped):
         await to_thread.run_sync(bridge, [b"x"])
