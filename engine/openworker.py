@@ -289,20 +289,21 @@ class OpenWorker:
         return faults
 
     def _apply(self, fd: int, meta: tuple[Any, ...]) -> list[str]:
-        """Set owner, mode, attributes and times of an open file or directory; return what could not be set.
+        """Set owner, attributes, mode and times of an open file or directory; return what could not be set.
 
-        In this order: changing the owner clears set-id bits and capabilities, an ACL carries the mode's group bits.
+        In this order: changing the owner clears capabilities and set-id bits, an ACL may clear the latter too, and who
+        is not root can't give attributes to what is read-only. The mode's group bits are the mask of the ACL.
         """
         mode, uid, gid, _, mtime_ns, xattrs = meta
         notes: list[str] = []
         mode = self._own(mode, uid, gid, lambda: os.fchown(fd, uid, gid))
-        os.fchmod(fd, stat.S_IMODE(mode))
         for name, value in xattrs:
             try:
                 os.setxattr(fd, name, value)
             except OSError as error:
-                if self._owner or name.startswith(b"user."):
+                if self._owner or not name.startswith((b"security.", b"trusted.")):
                     notes.append(f"attribute {os.fsdecode(name)} not set: {error.strerror}")
+        os.fchmod(fd, stat.S_IMODE(mode))
         os.utime(fd, ns=(mtime_ns, mtime_ns))
         return notes
 
@@ -311,14 +312,14 @@ class OpenWorker:
         mode, uid, gid, _, mtime_ns, xattrs = meta
         notes: list[str] = []
         mode = self._own(mode, uid, gid, lambda: os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False))
-        if not stat.S_ISLNK(mode):
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
         for key, value in xattrs:
             try:
                 os.setxattr(b"/proc/self/fd/%d/%s" % (folder, name), key, value, follow_symlinks=False)
             except OSError as error:
-                if self._owner:
+                if self._owner or not key.startswith((b"security.", b"trusted.")):
                     notes.append(f"attribute {os.fsdecode(key)} not set: {error.strerror}")
+        if not stat.S_ISLNK(mode):
+            os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
         os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=folder, follow_symlinks=False)
         return notes
 
