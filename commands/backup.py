@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coffret.display import counted, paths_fields
+from coffret.engine.errors import UsageError
 from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import format_duration, format_size, parse_size
 
@@ -81,8 +82,8 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
     workers = session.globals.workers or limits.workers
     uploads = session.globals.connections or limits.uploads
     return BackupOptions(
-        tags=given["tag"],
-        host=given["host"],
+        tags=[_text("--tag", tag) for tag in given["tag"]],
+        host=_text("--host", given["host"]),
         force=given["force"],
         filters=filters,
         one_file_system=given["one_file_system"],
@@ -92,6 +93,18 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
         dry_run=given["dry_run"],
         limits=Limits(workers=workers, uploads=uploads),
     )
+
+
+def _text(option: str, value: str) -> str:
+    """A value that is stored as text.
+
+    :raises UsageError: if it is not UTF-8
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} is not UTF-8", remedy="give it in UTF-8") from None
+    return value
 
 
 def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:

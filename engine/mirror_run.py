@@ -11,7 +11,7 @@ stay in the processor's caches, while a row is nearly always a walk through page
 
 Chosen over an LMDB B-tree by measurement (`bench/mirror.py`, a busy machine of two cores). Growing to 50 M chunks by
 index objects of 100,000, a chunk took 10.3 µs of CPU there, and from 10 at first to 21 µs in time, since nearly every
-row dirties a page of its own, and 120 to 210 bytes of disk. Here it takes 3.7 µs of CPU and 62 bytes: rows move in
+row dirties a page of its own, and 120 to 210 bytes of disk. Here it takes 4.2 µs of CPU and 62 bytes: rows move in
 sequence only, nine times in their life. Now and then a merge rewrites nearly everything: 20 s of CPU at 50 M.
 
 Numbers in rows are big-endian so that rows compare as bytes; the rest is native: a run never leaves its machine.

@@ -230,14 +230,16 @@ class OpenWorker:
             write_at(fd, view[lead:first], offset)
         if last < at:
             write_at(fd, view[last:at], begin + last)
-        direct = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECT, dir_fd=folder)
+        direct = -1
         try:
+            direct = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECT, dir_fd=folder)
             write_at(direct, view[first:last], begin + first)
-        except OSError:
+        except OSError:  # some file systems refuse it at open, some at write
             self._direct = False
             write_at(fd, view[first:last], begin + first)
         finally:
-            os.close(direct)
+            if direct >= 0:
+                os.close(direct)
 
     def _finish(
         self, directory: bytes, name: bytes, temporary: bytes, meta: tuple[Any, ...]

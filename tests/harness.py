@@ -13,6 +13,7 @@ import base64
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,22 @@ def interpreter(uid: int | None) -> tuple[str, str]:
             continue
         return python, environment["PYTHONPATH"]
     pytest.skip(f"no {name} with coffret's dependencies that user {uid} may run")
+
+
+def with_mounts(script: str) -> tuple[str, ...]:
+    """A `Program.prefix` that runs the command (as `"$0" "$@"`) from a shell script which may mount what it likes.
+
+    The mounts are in a namespace of their own, and gone with it. The test is skipped if that is not allowed here.
+    """
+    if not _may_mount():
+        pytest.skip("mounting is not allowed here")
+    return "unshare", "--mount", "sh", "-ec", script
+
+
+@functools.cache
+def _may_mount() -> bool:
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @dataclass(slots=True)

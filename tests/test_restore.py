@@ -6,11 +6,12 @@ import os
 import shutil
 import stat
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.harness import Program, Recorder, repository, scratch
+from tests.harness import Program, Recorder, needs_root, repository, scratch, with_mounts
 from tests.trees import describe, differences
 
 from coffret.engine.catalog_reader import Catalog
@@ -482,3 +483,24 @@ def test_the_program_says_what_it_could_not_restore() -> None:
         program("restore", "--to", "other", "deadbeef", code=1)
         program("restore", "--to", "other", "--include", left[0], "--overwrite", "never", "latest")
         assert os.listdir(place / "other") == left[:1]
+
+
+@needs_root
+def test_a_file_system_without_direct_writes() -> None:
+    """Large files go past the page cache where that can be; ramfs, like tmpfs on older kernels, refuses it at open."""
+    with scratch() as place:
+        program = Program(place)
+        program("create", "--no-encryption")
+        (place / "source").mkdir()
+        (place / "source" / "large").write_bytes(Random(8).randbytes(9 * MIB + 5))
+        program.backup("source")
+        (place / "mount").mkdir()
+        script = """
+            mount -t ramfs none mount
+            "$0" "$@"
+            cmp source/large mount/target/large
+            "$0" -m coffret backup mount/target
+            "$0" -m coffret check
+        """
+        program = replace(program, prefix=with_mounts(script))
+        program("restore", "--to", "mount/target", "latest")
