@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 # What has to be built or installed anew when it changes; Python files take effect as they are.
-BUILT_FROM := pyproject.toml engine/_gear.pyx .pkg/coffret/__init__.py
+BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help venv demo test lint types bench clean
@@ -40,7 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.report
 
 clean:
-	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_gear.c engine/_gear.*.so
+	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_*.c engine/_*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -81,6 +81,11 @@ class Dataset(msgspec.Struct, frozen=True):
         """Files and directories."""
         return self.files + self.directories
 
+    @property
+    def tree_bytes(self) -> int:
+        """What a copy of it takes on a disk at least: every file and directory takes whole blocks."""
+        return max(self.size_bytes, self.entries << 12)
+
 
 def default_folder() -> Path:
     """Where data sets and repositories lie: $COFFRET_BENCH_DIR, else below /var/tmp."""

@@ -123,12 +123,11 @@ def _scenarios(names: str | None) -> list[Scenario]:
 
 
 def _check_space(dataset: Dataset, contenders: Sequence[Contender], work: Path) -> None:
-    """Refuse to begin what can't end; every file takes 4 KiB at least.
+    """Refuse to begin what can't end.
 
     :raises NotEnoughSpace: if the repositories and a restored tree might not fit
     """
-    tree_bytes = max(dataset.size_bytes, dataset.entries << 12)
-    needed = dataset.size_bytes * len(contenders) + tree_bytes
+    needed = dataset.size_bytes * len(contenders) + 2 * dataset.tree_bytes
     free = shutil.disk_usage(work).free
     if free < needed:
         raise NotEnoughSpace(f"{dataset.name} needs {needed / 1e9:.0f} GB, {work} has {free / 1e9:.0f} GB")

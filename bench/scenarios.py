@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import json
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from bench.changes import one_percent, undo
 from bench.compare import differences
 from bench.contenders import Place, version_of
 from bench.measure import CommandFailed, Usage, drop_caches, run, stored_bytes, warm
+from bench.restored import RestoredTrees
 from bench.results import Measurement
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Bench:
         self._tell = tell
         self._sampled = False
         self._usable: set[str] = set()  # contenders whose repository has a backup
+        self._restored = RestoredTrees(folder / f"restored-{dataset.name}", room_bytes=dataset.tree_bytes)
         self._versions = {contender.name: version_of(contender) for contender in contenders}
         self._lines: dict[tuple[str, str], Measurement] = {}
 
@@ -122,16 +123,13 @@ class Bench:
             self._measure(Scenario.UNCHANGED, contender, contender.backup, serial=1)
 
     def _restore(self, order: Sequence[Contender]) -> None:
-        target = self._folder / "restored"
         for contender in order:
             if contender.name in self._usable and contender.restore:
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir(parents=True)
+                target = self._restored.make_target()
                 warm(self._place(contender).repository)
                 self._measure(Scenario.RESTORE, contender, contender.restore, target)
                 if self._sampled:
                     self._compare(contender, target)
-                shutil.rmtree(target)
 
     def _check(self, order: Sequence[Contender]) -> None:
         for contender in order:

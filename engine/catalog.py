@@ -18,9 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 from coffret.engine.records import REF_BYTES, PageRef, encode, pack_ref
 from coffret.engine.settings import (
-    INLINE_EXTENTS,
     INLINE_REFS,
-    INLINE_XATTR_BYTES,
     LIST_AVG_REFS,
     LIST_MAX_REFS,
     NODE_AVG_ENTRIES,
@@ -42,14 +40,9 @@ _PAGE_MASK, _PAGE_BITS = PAGE_AVG_ENTRIES - 1, (PAGE_AVG_ENTRIES - 1).bit_length
 _NODE_MASK, _NODE_BITS = NODE_AVG_ENTRIES - 1, (NODE_AVG_ENTRIES - 1).bit_length()
 # As many levels as a hash of 64 bits can tell apart.
 _MAX_LEVEL = 1 + (64 - _PAGE_BITS) // _NODE_BITS
-# Upper estimate of an encoded entry without name, target, content and extents: numbers at 5 or 9 bytes, user and group
-# names of 32, heads, and xattrs as large as are kept inline.
-_ENTRY_WEIGHT = 240 + INLINE_XATTR_BYTES
 _SECTION_WEIGHT = 16
 # Sums, heads and the ref of a PageRef.
 _PAGE_REF_WEIGHT = 2 * REF_BYTES
-# By default a file has at most one chunk, beside its last, per 512 KiB, and one extent and one hole per 8 KiB.
-_CHUNK_SHIFT, _EXTENT_SHIFT = 19, 13
 # Not before a list would be too long to be kept inline, so that it never consists of few refs.
 _LIST_MIN_BYTES, _LIST_MAX_BYTES = INLINE_REFS * REF_BYTES, LIST_MAX_REFS * REF_BYTES
 
@@ -73,20 +66,6 @@ def split_path(path: bytes) -> Key:
 def join_path(directory: bytes, name: bytes) -> bytes:
     """The path, without leading slash, of an entry."""
     return directory + b"/" + name if directory else name
-
-
-def entry_weight(name: bytes, size: int, mode: int) -> int:
-    """About the most bytes an entry takes in its page, by facts of lstat(2): a page's weight is the sum of these.
-
-    What a file becomes between scan and read may exceed it: it bounds pages, it does not measure them.
-    """
-    kind = mode & 0o170000
-    if kind == 0o100000:
-        refs, extents = 1 + (size >> _CHUNK_SHIFT), size >> _EXTENT_SHIFT
-        content = REF_BYTES * (refs if refs < INLINE_REFS else INLINE_REFS)
-        return _ENTRY_WEIGHT + len(name) + content + 16 * (extents if extents < INLINE_EXTENTS else INLINE_EXTENTS)
-    # A link's size is its target's length.
-    return _ENTRY_WEIGHT + len(name) + (size if kind == 0o120000 else 0)
 
 
 def section_weight(directory: bytes) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import stat
 import struct
 from bisect import bisect_left
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -200,8 +199,7 @@ def _check_extents(entry: Entry, extents: bytes) -> None:
         raise Damaged(f"the extents of {entry.name!r} reach beyond its end")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Neighbouring entries of one directory in a page of the parent's; the first is the page's `first`-th, from 0."""
 
     page: LoadedPage
@@ -224,12 +222,10 @@ class ParentCursor:
         self._section = self._first = 0
         self._sought, self._seeks = b"", 0
 
-    def root(self) -> tuple[Entry, LoadedPage, int] | None:
-        """The root directory's own entry, as `Listing.get` returns it; to be asked for before anything is sought."""
-        return self.seek(b"").get(b"")
+    def seek(self, directory: bytes) -> Iterator[Run]:
+        """The parent's entries of a directory, read as they are asked for; what was sought before reads no further.
 
-    def seek(self, directory: bytes) -> Listing:
-        """The parent's entries of a directory, read as they are asked for; the listing sought before reads no further.
+        The root directory's own entry is the first of its listing.
 
         :raises ValueError: if the directory comes before the one sought last
         """
@@ -238,7 +234,7 @@ class ParentCursor:
             raise ValueError(f"{directory!r} is sought after {self._sought!r}")
         self._sought = key
         self._seeks += 1
-        return Listing(self._runs(key, self._seeks))
+        return self._runs(key, self._seeks)
 
     def _runs(self, key: bytes, seek: int) -> Iterator[Run]:
         while seek == self._seeks:
@@ -268,36 +264,3 @@ class ParentCursor:
             walk.skip_to(begin)
         self._page, self._section, self._first = walk.take(), 0, 0
         return self._page
-
-
-class Listing:
-    """One directory's entries in the parent: iterate over its runs, or ask for names, in their order."""
-
-    __slots__ = ("_at", "_entries", "_first", "_page", "_runs")
-
-    def __init__(self, runs: Iterator[Run]) -> None:
-        self._runs = runs
-        self._page: LoadedPage | None = None
-        self._entries: list[Entry] = []
-        self._first = self._at = 0
-
-    def __iter__(self) -> Iterator[Run]:
-        return self._runs
-
-    def get(self, name: bytes) -> tuple[Entry, LoadedPage, int] | None:
-        """(entry, its page, its position there) of a name, or None; names are asked for in ascending order."""
-        at, entries = self._at, self._entries
-        while True:
-            while at < len(entries):
-                entry = entries[at]
-                if entry.name >= name:
-                    self._at = at
-                    page = self._page
-                    return (entry, page, self._first + at) if page is not None and entry.name == name else None
-                at += 1
-            self._at = at
-            run = next(self._runs, None)
-            if run is None:
-                return None
-            self._page, self._first, self._entries = run.page, run.first, run.entries
-            at, entries = 0, run.entries

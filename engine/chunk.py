@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coffret.engine.catalog import RefList
 from coffret.engine.chunkpool import Job, Slab
+from coffret.engine.chunkworker import iter_stats
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.messages import Run
 from coffret.engine.records import iter_refs, refs_length
@@ -14,6 +15,7 @@ from coffret.engine.settings import BATCH_BYTES, BATCH_FILES
 
 if TYPE_CHECKING:
     from coffret.engine.chunkpool import ChunkPool
+    from coffret.engine.chunkworker import BatchResult, Result, Xattrs
     from coffret.engine.flow import Channel, Sender
     from coffret.engine.messages import MetaChunks, Read, ScanPage
     from coffret.engine.progress import Progress
@@ -59,22 +61,32 @@ class Chunking:
         if not reads:
             return
 
-        async def deliver(kind: str, slab: Slab, results: list[Any]) -> None:
+        async def deliver(kind: str, slab: Slab, results: BatchResult) -> None:
             await self._batch_done(reads, slab, results)
 
         await self._pool.submit(Job("batch", [read.path for read in reads], deliver))
 
-    async def _batch_done(self, reads: list[Read], slab: Slab, results: list[Any]) -> None:
-        refs, complete = [], []
-        for read, result in zip(reads, results, strict=True):
-            if result is None:  # it has grown beyond the slab: read it as a stream
-                self._pool.submit_nowait(self._stream(read))
-                continue
-            if not isinstance(result, str):
-                refs.append(result[3])
-                self._progress.read_bytes += result[0][3]
-            if self._fill(read, result):
+    async def _batch_done(self, reads: list[Read], slab: Slab, results: BatchResult) -> None:
+        read_ns, stats, contents, xattrs, unusual = results
+        refs, complete, usual, read_bytes = [], [], iter_stats(stats), 0
+        for index, (read, content) in enumerate(zip(reads, contents, strict=True)):
+            if content is not None:
+                fields = next(usual)
+                read_bytes += fields[3]
+                refs.append(content)
+                self._enter(read, fields, read_ns, content, xattrs.get(index))
+            else:
+                result = unusual[index]
+                if result is None:  # it has grown beyond the slab: read it as a stream
+                    self._pool.submit_nowait(self._stream(read))
+                    continue
+                if not isinstance(result, str):
+                    refs.append(result[2])
+                    read_bytes += refs_length(result[2])
+                self._fill(read, result)
+            if not read.page.missing:
                 complete.append(read.page)
+        self._progress.read_bytes += read_bytes
         await self._send_meta()
         for page in complete:
             await self._pages.send(page)
@@ -99,34 +111,49 @@ class Chunking:
                 else:
                     slab.release()
                 await self._send_meta()
-            elif self._fill(read, message[0], chunks):
+            else:
+                self._fill(read, message[0], chunks)
                 await self._send_meta()
-                await self._pages.send(read.page)
+                if not read.page.missing:
+                    await self._pages.send(read.page)
 
         return Job("file", [read.path], deliver)
 
-    def _fill(self, read: Read, result: Any, chunks: RefList | None = None) -> bool:
-        """Put a file's entry in its place, or report why there is none; tell whether that completed its page."""
-        page = read.page
+    def _fill(self, read: Read, result: str | Result, chunks: RefList | None = None) -> None:
+        """Put a file's entry in its place, or report why there is none; `chunks`: what a stream consists of."""
         if isinstance(result, str):
             self._fault(read.path, result)
-        else:
-            fields, read_ns, _, content, extents, xattrs, note = result
-            extra = None
-            if chunks is not None:
-                content, depth = chunks.finish()
-                extra = make_extra(self._meta.store, nlink=fields[8], depth=depth, xattrs=xattrs, extents=extents)
-            elif xattrs or extents or fields[8] > 1:
-                extra = make_extra(self._meta.store, nlink=fields[8], xattrs=xattrs, extents=extents)
-            read.entries[read.index] = make_entry(read.name, fields, read_ns, content=content, extra=extra)
-            if note:
-                self._fault(read.path, note)
+            self._done(read.page)
+            return
+        fields, read_ns, content, extents, xattrs, note = result
+        depth = 0
+        if chunks is not None:
+            content, depth = chunks.finish()
+        self._enter(read, fields, read_ns, content, xattrs, extents, depth)
+        if note:
+            self._fault(read.path, note)
+
+    def _enter(
+        self,
+        read: Read,
+        fields: tuple[int, ...],
+        read_ns: int,
+        content: bytes,
+        xattrs: Xattrs | None,
+        extents: bytes = b"",
+        depth: int = 0,
+    ) -> None:
+        extra = None
+        if xattrs or extents or depth or fields[8] > 1:
+            extra = make_extra(self._meta.store, nlink=fields[8], depth=depth, xattrs=xattrs, extents=extents)
+        read.entries[read.index] = make_entry(read.name, fields, read_ns, content, extra)
+        self._done(read.page)
+
+    def _done(self, page: ScanPage) -> None:
         page.missing -= 1
-        if page.missing:
-            return False
-        # The reads point back to the page: without this only the garbage collector would find them.
-        page.reads.clear()
-        return True
+        if not page.missing:
+            # The reads point back to the page: without this only the garbage collector would find them.
+            page.reads.clear()
 
     async def _send_meta(self) -> None:
         for run in self._meta.runs():

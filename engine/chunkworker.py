@@ -8,9 +8,11 @@ the same interpreter. The first frame, of keys and parameters, never stands on a
                       ("free", slab)
     from the worker   ("batch", job, slab, results)   ("piece", job, slab, offset, refs)   ("file", job, result)
 
-A result is an error text, or (stat, read_ns, offset, refs, extents, xattrs, note): `stat` as `STAT_FIELDS`, `offset`
-of the file's bytes in the slab, `refs` packed, `extents` packed if sparse, `note` a fault that did not stop it.
-Nothing waits for a slab while it holds one: the tail of a large file is kept in private memory.
+A file's result is an error text, or (stat, read_ns, refs, extents, xattrs, note): `stat` as STAT_FIELDS, `refs` packed,
+`extents` packed if sparse, `note` a fault that did not stop it. A batch's are (read_ns, stats, contents, xattrs,
+unusual): of usual files packed `stats` one behind the other, and a list of packed refs; of those that have any, xattrs
+by position; the results of all others by position, those files' refs being None; a result that is None is for the
+parent to ask for anew. Nothing waits for a slab while it holds one: the tail of a large file is kept in private memory.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from coffret.engine._read import FIELDS_FORMAT, SmallReader
 from coffret.engine.chunker import Chunker
 from coffret.engine.frames import put_frame, take_frames
 
@@ -41,7 +44,11 @@ _AT_ONCE_BYTES = 128 << 10
 # The extents of a file that is one hole: an extent of no length, since no extents at all mean a file without holes.
 NO_DATA = bytes(16)
 
-Result = tuple[tuple[int, ...], int, int, bytes, bytes, list[tuple[bytes, bytes]], str]
+Xattrs = list[tuple[bytes, bytes]]
+Result = tuple[tuple[int, ...], int, bytes, bytes, Xattrs, str]
+BatchResult = tuple[int, bytes, list[bytes | None], dict[int, Xattrs], dict[int, str | Result | None]]
+#: Iterates over the STAT_FIELDS of a batch's usual files.
+iter_stats = struct.Struct(FIELDS_FORMAT).iter_unpack
 
 
 def open_path(path: bytes, flags: int, *, mode: int = 0) -> int:
@@ -156,18 +163,29 @@ class Worker:
     def _batch(self, job: int, paths: list[bytes]) -> None:
         """Read many files into one slab, back to back; one that no longer fits is for the parent to ask for anew."""
         number, view = self._slab()
-        results: list[str | Result | None] = []
+        reader = SmallReader(view, len(paths))
+        contents: list[bytes | None] = []
+        xattrs: dict[int, Xattrs] = {}
+        unusual: dict[int, str | Result | None] = {}
         at, read_ns = 0, time_ns()
-        for path in paths:
-            try:
-                result, at = self._small(path, view, at, read_ns)
-                results.append(result)
-            except OSError as error:
-                results.append(error.strerror or str(error))
-        self._send(("batch", job, number, results))
+        for index, path in enumerate(paths):
+            size = reader.read(path, at) if len(path) < PATH_MAX else -1
+            if size < 0:
+                contents.append(None)
+                try:
+                    unusual[index], at = self._small(path, view, at, read_ns)
+                except OSError as error:
+                    unusual[index] = error.strerror or str(error)
+                continue
+            contents.append(self._refs(view[at : at + size]))
+            at += size
+            if reader.fd >= 0:
+                xattrs[index] = read_xattrs(reader.fd)
+                os.close(reader.fd)
+        self._send(("batch", job, number, (read_ns, reader.stats(), contents, xattrs, unusual)))
 
     def _small(self, path: bytes, view: memoryview, at: int, read_ns: int) -> tuple[str | Result | None, int]:
-        """Read a whole file to `view[at:]`: (result, where the next one goes). It sees every file: each call counts."""
+        """Read a small file that is unusual to `view[at:]`: (result, where the next one goes)."""
         fd = open_source(path)
         try:
             before = os.fstat(fd)
@@ -188,11 +206,7 @@ class Worker:
                 # same tick makes the file racy.
                 note = changed(before, os.fstat(fd)) if size > _AT_ONCE_BYTES else ""
             data = view[at : at + got]
-            stored = (
-                *(mode, before.st_uid, before.st_gid, got, before.st_mtime_ns, before.st_ctime_ns),
-                *(before.st_ino, before.st_dev, before.st_nlink),
-            )
-            return (stored, read_ns, at, self._refs(data), b"", read_xattrs(fd), note), at + got
+            return (fields(before, got), read_ns, self._refs(data), b"", read_xattrs(fd), note), at + got
         finally:
             os.close(fd)
 
@@ -205,7 +219,7 @@ class Worker:
         note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
         extents = pack_extents(found if got == expected else clip(found, got)) or NO_DATA
         data, xattrs = view[at : at + got], read_xattrs(fd)
-        return (fields(before, before.st_size), read_ns, at, self._refs(data), extents, xattrs, note), at + got
+        return (fields(before, before.st_size), read_ns, self._refs(data), extents, xattrs, note), at + got
 
     def _refs(self, data: memoryview) -> bytes:
         if len(data) <= self._whole_bytes:
@@ -239,7 +253,7 @@ class Worker:
             if got < expected and extents:
                 # What is missing at the end was cut off: keep only the extents that were read.
                 extents = pack_extents(clip(segments, got)) or NO_DATA
-            self._send(("file", job, (stored, read_ns, 0, b"", extents, read_xattrs(fd), note)))
+            self._send(("file", job, (stored, read_ns, b"", extents, read_xattrs(fd), note)))
         except OSError as error:
             self._send(("file", job, error.strerror or str(error)))
         finally:

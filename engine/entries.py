@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import grp
 import pwd
-import stat
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from coffret.engine import settings
 from coffret.engine.records import Entry, Extra, encode
-
-if TYPE_CHECKING:
-    import os
 
 # Stores a payload as chunks and returns their packed refs.
 Store = Callable[[bytes], bytes]
@@ -69,7 +64,7 @@ def make_extra(
 
 
 def make_entry(
-    name: bytes, fields: tuple[int, ...], read_ns: int, *, content: bytes = b"", extra: Extra | None = None
+    name: bytes, fields: tuple[int, ...], read_ns: int, content: bytes = b"", extra: Extra | None = None
 ) -> Entry:
     """An entry from `chunkworker.STAT_FIELDS`."""
     mode, uid, gid, size, mtime_ns, ctime_ns, inode, device, _ = fields
@@ -89,8 +84,3 @@ def make_entry(
         content,
         extra,
     )
-
-
-def entry_size(status: os.stat_result) -> int:
-    """The size an entry records: of regular files only; what a directory or link takes is its file system's affair."""
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0

@@ -52,27 +52,16 @@ class ScanPage:
     changed: int = 0
     # What happened to an entry, by the identity of its name; only if someone wants to be told.
     status: dict[int, str] = field(default_factory=dict)
-    _source: LoadedPage | None = None
-    _next: int = 0
+    # The parent's page of which all entries up to now are, unchanged, and how many; None if there is no such page.
+    source: LoadedPage | None = None
+    following: int = 0
 
     def seal(self) -> None:
         """Nothing more comes: decide whether this is the parent's page unchanged."""
-        source = self._source
-        if source is not None and self._next == self.count == source.entries:
+        source = self.source
+        if source is not None and self.following == self.count == source.entries:
             self.kept = source.ref
-
-    def keep(self, source: LoadedPage, position: int) -> None:
-        """An entry was taken from the parent's page as it is; it may be the parent's whole page in the end."""
-        if self.count == 0 and position == 0:
-            self._source, self._next = source, 1
-        elif source is self._source and position == self._next:
-            self._next += 1
-        else:
-            self._source = None
-
-    def forget(self) -> None:
-        """An entry is not the parent's: neither is the page."""
-        self._source = None
+        self.source = None
 
 
 @dataclass(slots=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 from hypothesis import strategies as st
 
-from coffret.engine.catalog import Cutter, Key, TreeBuilder, describe, entry_weight, section_weight
+from coffret.engine._scan import entry_weight
+from coffret.engine.catalog import Cutter, Key, TreeBuilder, describe, section_weight
 from coffret.engine.errors import ChunkMissing
 from coffret.engine.records import REF_BYTES, Entry, Section, encode, pack_ref
 from coffret.engine.settings import PAGE_MAX_ENTRIES, PAGE_MAX_WEIGHT

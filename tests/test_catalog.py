@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.catalogs import DIRECTORY, FILE, KEY, PATHS, Chunks, build, components, cut, node, ordered, tree
 
+from coffret.engine._scan import entry_weight
 from coffret.engine.catalog import (
     Cutter,
     RefList,
     TreeBuilder,
     describe,
     directory_key,
-    entry_weight,
     join_path,
     key_of,
     section_weight,

@@ -314,18 +314,20 @@ class TestNeverOutside:
         """A snapshot made by an enemy: a link that has entries below it."""
         outside = place / "outside"
         outside.mkdir()
-        real = Scanner._node
+        real = Scanner.node
 
-        def node(self: Scanner, name: bytes, path: bytes, where: bytes, status: os.stat_result) -> Entry | None:
+        def node(
+            self: Scanner, name: bytes, path: bytes, where: bytes, fields: tuple[int, ...], device: int
+        ) -> Entry | None:
             if name != b"a":
-                return real(self, name, path, where, status)
+                return real(self, name, path, where, fields, device)
             extra = make_extra(lambda _: b"", target=os.fsencode(outside))
             return make_entry(name, (stat.S_IFLNK | 0o777, 0, 0, 0, 0, 0, 0, 0, 1), 0, extra=extra)
 
         async with case(place) as c:
             os.utime(c.source / "a")
             with monkeypatch.context() as patch:
-                patch.setattr(Scanner, "_node", node)
+                patch.setattr(Scanner, "node", node)
                 await c.back_up()
             for policy in ("refuse", "always"):
                 shutil.rmtree(c.target, ignore_errors=True)

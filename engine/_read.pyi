@@ -1,0 +1,9 @@
+"""Types of the compiled reader; what they mean is in `_read.pyx`."""
+
+FIELDS_FORMAT: str
+
+class SmallReader:
+    fd: int
+    def __init__(self, slab: memoryview, limit: int) -> None: ...
+    def stats(self) -> bytes: ...
+    def read(self, path: bytes, at: int) -> int: ...

@@ -1,0 +1,120 @@
+"""The compiled loops of scan and read, against the standard library: what they return for whatever lies in a folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coffret.engine._read import FIELDS_FORMAT, SmallReader
+from coffret.engine._scan import Directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KIB = 1 << 10
+NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: not set(name) & {0, 0x2F} and name not in (b".", b".."))
+
+
+def listed(path: Path) -> Directory:
+    found = Directory()
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found.read(fd)
+    finally:
+        os.close(fd)
+    return found
+
+
+class TestDirectory:
+    @given(st.sets(NAMES, max_size=40))
+    def test_names_come_in_order(self, tmp_path_factory: pytest.TempPathFactory, names: set[bytes]) -> None:
+        folder = tmp_path_factory.mktemp("names")
+        for name in names:
+            os.close(os.open(os.fsencode(folder) + b"/" + name, os.O_CREAT | os.O_WRONLY, 0o600))
+        found = listed(folder)
+        assert found.list_names() == sorted(names)
+        assert len(found) == len(names)
+
+    def test_a_large_one_with_the_longest_names(self, tmp_path: Path) -> None:
+        """More than the kernel tells in one call, names of all lengths."""
+        names = {b"%0*d" % (1 + n % 255, n) for n in range(3000)}
+        for name in names:
+            os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT | os.O_WRONLY, 0o600))
+        assert listed(tmp_path).list_names() == sorted(names)
+
+    def test_what_is_put_takes_the_place_of_what_was_there(self, tmp_path: Path) -> None:
+        (tmp_path / "b").touch()
+        found = listed(tmp_path)
+        status = os.stat(tmp_path)
+        for name in (b"c", b"a", b"b", b"c"):
+            found.put(name, status)
+        assert found.list_names() == [b"a", b"b", b"c"]
+
+    def test_what_is_no_directory_is_an_error(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        fd = os.open(tmp_path / "file", os.O_RDONLY)
+        with pytest.raises(NotADirectoryError):
+            Directory().read(fd)
+        os.close(fd)
+
+
+class TestSmallReader:
+    def test_usual_files_lie_back_to_back(self, tmp_path: Path) -> None:
+        slab = memoryview(bytearray(1 << 20))
+        contents = {f"{size}": os.urandom(size) for size in (0, 1, 4096, 100_000, 128 * KIB, 128 * KIB + 1, 300_000)}
+        reader, at = SmallReader(slab, len(contents)), 0
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+            assert reader.read(os.fsencode(tmp_path / name), at) == len(content)
+            assert reader.fd == -1
+            assert slab[at : at + len(content)] == content
+            at += len(content)
+        for name, found in zip(contents, struct.iter_unpack(FIELDS_FORMAT, reader.stats()), strict=True):
+            status = os.stat(tmp_path / name)
+            assert found == (
+                *(status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+                *(status.st_ino, status.st_dev, status.st_nlink),
+            )
+
+    def test_all_that_is_unusual_is_left(self, tmp_path: Path) -> None:
+        reader = SmallReader(memoryview(bytearray(64 * KIB)), 3)
+        (tmp_path / "usual").write_bytes(b"1")
+        (tmp_path / "link").symlink_to("usual")
+        (tmp_path / "folder").mkdir()
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "large").write_bytes(bytes(64 * KIB))
+        with (tmp_path / "sparse").open("wb") as file:
+            file.truncate(32 * KIB)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.fsencode(tmp_path / "socket"))
+        for name in ("link", "folder", "pipe", "large", "sparse", "socket", "missing"):
+            assert reader.read(os.fsencode(tmp_path / name), 0) == -1, name
+        usual = os.fsencode(tmp_path / "usual")
+        assert reader.read(usual, 64 * KIB) == -1  # no room: not even for the byte that tells a file that has grown
+        assert reader.read(usual, 64 * KIB - 1) == -1
+        assert reader.read(usual, 1 << 40) == -1
+        assert reader.stats() == b""
+        assert [reader.read(usual, 0) for _ in range(5)] == [1, 1, 1, -1, -1]
+
+    def test_a_file_with_attributes_stays_open(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"content")
+        with suppress(OSError):
+            os.setxattr(path, "user.name", b"value")
+        if not os.listxattr(path):
+            pytest.skip("no extended attributes here")
+        reader = SmallReader(memoryview(bytearray(KIB)), 1)
+        assert reader.read(os.fsencode(path), 0) == 7
+        assert os.getxattr(reader.fd, "user.name") == b"value"
+        os.close(reader.fd)
+
+    def test_it_needs_memory_it_can_write(self) -> None:
+        with pytest.raises(BufferError):
+            SmallReader(memoryview(bytes(10)), 1)
