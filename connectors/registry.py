@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 SCHEMES = {
     "file": ("coffret.connectors.local", "/path or file:///path"),
     "memory": ("coffret.connectors.memory", ""),
+    "s3": ("coffret.connectors.s3", "s3://host[:port]/bucket[/prefix]"),
+    "s3+http": ("coffret.connectors.s3", ""),
+    "sftp": ("coffret.connectors.sftp", "sftp://[user@]host[:port]/path"),
+    "sqlite": ("coffret.connectors.sqlite", "sqlite:///path/file.db"),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 

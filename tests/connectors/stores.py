@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
+from coffret.connectors.sqlite import SQLiteConnector
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
@@ -106,5 +109,33 @@ class TmpfsStore(LocalStore):
         shutil.rmtree(self.path.parent)
 
 
+class SQLiteStore(Store):
+    """The SQLite connector, by a connection of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "repository.db"
+
+    def connector(self) -> Connector:
+        return SQLiteConnector(self.path)
+
+    def raw_set(self, name: str, data: bytes) -> None:
+        self._execute("delete from objects where name = ?", name)
+        self._execute("insert into objects values (null, ?, ?, 0.0, ?)", name, len(data), data)
+
+    def raw_get(self, name: str) -> bytes | None:
+        found = self._execute("select body from objects where name = ?", name)
+        return bytes(found[0][0]) if found else None
+
+    def raw_delete(self, name: str) -> None:
+        self._execute("delete from objects where name = ?", name)
+
+    def raw_names(self) -> set[str]:
+        return {name for (name,) in self._execute("select name from objects")}
+
+    def _execute(self, statement: str, *values: str | bytes | int) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            return connection.execute(statement, values).fetchall()
+
+
 # A new connector joins the suite here.
-STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore]
+STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore]
