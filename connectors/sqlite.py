@@ -239,9 +239,9 @@ class SQLiteConnector(Connector):
 
     def _stat(self, name: str) -> ObjectInfo:
         with self._mapped(name):
-            row = self._open().execute(
-                "select name, size_bytes, mtime_s from objects where name = ?", (name,)
-            ).fetchone()
+            row = (
+                self._open().execute("select name, size_bytes, mtime_s from objects where name = ?", (name,)).fetchone()
+            )
         if row is None:
             raise NotFound(f"{self.path}: there is no {name}")
         return ObjectInfo(*row)
@@ -282,7 +282,8 @@ def _make_tables(connection: sqlite3.Connection) -> None:
     connection.execute("pragma auto_vacuum=INCREMENTAL")
     connection.execute("pragma journal_mode=WAL")
     connection.execute("begin immediate")
-    if connection.execute("select count(*) from sqlite_master").fetchone()[0] == 0:  # another process may have been faster
+    # Another process may have been faster.
+    if connection.execute("select count(*) from sqlite_master").fetchone()[0] == 0:
         connection.execute(_TABLE)
         connection.execute(f"pragma application_id={APPLICATION_ID}")
     connection.execute("commit")

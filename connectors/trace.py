@@ -48,9 +48,7 @@ class Calls:
 class TraceConnector(Wrapper):
     """Counts in `calls`, by method; `on_call` is told (method, name, bytes, seconds, error or "") of each."""
 
-    def __init__(
-        self, inner: Connector, *, on_call: Callable[[str, str, int, float, str], None] | None = None
-    ) -> None:
+    def __init__(self, inner: Connector, *, on_call: Callable[[str, str, int, float, str], None] | None = None) -> None:
         super().__init__(inner)
         self.calls: dict[str, Calls] = {}
         self._on_call = on_call
