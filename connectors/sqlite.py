@@ -227,7 +227,7 @@ class SQLiteConnector(Connector):
             for at in range(0, len(buffer), _PIECE_BYTES):
                 buffer[at : at + _PIECE_BYTES] = blob.read(min(_PIECE_BYTES, len(buffer) - at))
 
-    def _list(self, prefix: str, after: str) -> list[ObjectInfo]:
+    def _list(self, prefix: str, after: str) -> Sequence[ObjectInfo]:
         """The next objects by name. Of a prefix they lie together: no name has a character beyond ASCII."""
         with self._mapped(prefix):
             rows = self._open().execute(

@@ -45,6 +45,13 @@ class Calls:
         return _BOUNDS_S[-1]
 
 
+@dataclass(slots=True)
+class _Moved:
+    """What one call has moved."""
+
+    size_bytes: int = 0
+
+
 class TraceConnector(Wrapper):
     """Counts in `calls`, by method; `on_call` is told (method, name, bytes, seconds, error or "") of each."""
 
@@ -60,18 +67,18 @@ class TraceConnector(Wrapper):
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
         with self._counted("put", name) as moved:
             await self.inner.put(name, body, if_absent=if_absent)
-            moved.append(sum(map(len, body)))
+            moved.size_bytes = sum(map(len, body))
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         with self._counted("get", name) as moved:
             data = await self.inner.get(name, offset=offset, length=length)
-            moved.append(len(data))
+            moved.size_bytes = len(data)
         return data
 
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         with self._counted("get", name) as moved:
             await self.inner.get_into(name, offset, buffer)
-            moved.append(len(buffer))
+            moved.size_bytes = len(buffer)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As `inner`; the time counted is that of the whole listing, with what the caller does in between."""
@@ -88,8 +95,8 @@ class TraceConnector(Wrapper):
             await self.inner.delete(name)
 
     @contextmanager
-    def _counted(self, method: str, name: str) -> Iterator[list[int]]:
-        counted, moved, begin, error = self.calls.setdefault(method, Calls()), [], time.perf_counter(), ""
+    def _counted(self, method: str, name: str) -> Iterator[_Moved]:
+        counted, moved, begin, error = self.calls.setdefault(method, Calls()), _Moved(), time.perf_counter(), ""
         try:
             yield moved
         except BaseException as raised:
@@ -99,6 +106,6 @@ class TraceConnector(Wrapper):
         finally:
             duration_s = time.perf_counter() - begin
             counted.add(duration_s)
-            counted.size_bytes += sum(moved)
+            counted.size_bytes += moved.size_bytes
             if self._on_call is not None:
-                self._on_call(method, name, sum(moved), duration_s, error)
+                self._on_call(method, name, moved.size_bytes, duration_s, error)
