@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
+from anyio import CancelScope
+
 from coffret.connectors import localfiles
 from coffret.connectors.base import Capabilities, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import (
@@ -120,7 +122,8 @@ class SQLiteConnector(Connector):
         await self._threads.run(self._delete, valid_name(name))
 
     async def close(self) -> None:
-        await self._threads.run(self._close)
+        with CancelScope(shield=True):
+            await self._threads.run(self._close)
         self._threads.close()
 
     # What follows runs in the thread.
