@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.connectors.s3_server import shared_server
 
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
@@ -24,6 +26,9 @@ _SHM = Path("/dev/shm")
 
 class Store(ABC):
     """One storage under test. Raw calls neither check nor wait for the disk; `raw_set` replaces atomically."""
+
+    #: The storage's times differ after this long.
+    tick_s = 0.03
 
     @abstractmethod
     def connector(self) -> Connector:
@@ -137,5 +142,29 @@ class SQLiteStore(Store):
             return connection.execute(statement, values).fetchall()
 
 
+class S3Store(LocalStore):
+    """The S3 connector, by the folder in which the server keeps its objects as files."""
+
+    tick_s = 1.01
+    tls = False
+
+    def __init__(self, folder: Path) -> None:
+        self._server = shared_server(tls=self.tls)
+        self._bucket = f"test-{os.urandom(8).hex()}"
+        self.path = self._server.buckets / self._bucket / "some" / "prefix"
+
+    def connector(self) -> Connector:
+        return self._server.connector(f"{self._bucket}/some/prefix")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path.parents[1], ignore_errors=True)
+
+
+class S3TLSStore(S3Store):
+    """The same over TLS, where bodies are not signed."""
+
+    tls = True
+
+
 # A new connector joins the suite here.
-STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore]
+STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore]
