@@ -303,7 +303,7 @@ class SFTPConnector(Connector):
             name = text(entry.filename)
             if (name == "config" and entry.attrs.type == REGULAR) or (name in FOLDERS and entry.attrs.type == FOLDER):
                 names.add(name)
-            elif name not in (".", "..", "lost+found", "tmp"):
+            elif name not in (".", "..", "lost+found"):
                 raise NotStorage(f"{self.location} holds other files, {name!r} for one")
         if "config" in names:
             return False

@@ -286,7 +286,7 @@ class Files:
 
 
 def pieces(body: Sequence[Buffer], limit: int) -> Iterator[tuple[int, Buffer]]:
-    """Cut the concatenation of `body` into pieces of `limit` bytes, with their offsets; only what spans parts is copied."""
+    """Cut the concatenation of `body` into pieces of `limit` bytes with their offsets; copy only what spans parts."""
     offset, gathered, gathered_bytes = 0, list[memoryview](), 0
     for part in body:
         view = memoryview(part).cast("B") if len(part) else memoryview(b"")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.connectors import sshd
 from tests.connectors.s3_server import shared_server
 
 from coffret.connectors.local import LocalConnector
@@ -166,5 +167,31 @@ class S3TLSStore(S3Store):
     tls = True
 
 
+class SFTPStore(LocalStore):
+    """The SFTP connector, by the folder on the same host."""
+
+    tick_s = 1.01
+    chroot = False
+
+    def __init__(self, folder: Path) -> None:
+        self._server = sshd.shared_server(chroot=self.chroot)
+        self._environment = sshd.Environment(self._server.home)
+        super().__init__(self._server.root / "data" / os.urandom(8).hex() if self.chroot else folder)
+
+    def connector(self) -> Connector:
+        return self._server.connector(self.path)
+
+    def remove(self) -> None:
+        self._environment.restore()
+        if self.chroot:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+class SFTPChrootStore(SFTPStore):
+    """The same for a user who is confined to SFTP in one folder."""
+
+    chroot = True
+
+
 # A new connector joins the suite here.
-STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore]
+STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore]
