@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SINGLE_BYTES = 64 << 20
 # How much of an object is taken from the connection at a time.
 _READ_BYTES = 1 << 20
+_PACED_READ_BYTES = 64 << 10
 # The classes for what is seldom read bill at least 128 KiB an object; small ones stay in the bucket's own class.
 _CLASS_FROM_BYTES = 128 << 10
 _COMPARED_BYTES = 64 << 10
@@ -109,11 +110,13 @@ class S3Connector(Connector):
                 await self._client.send("put_object", where, views, **options, **condition)
             else:
                 await self._parts.put(where, views, options, condition)
-        except ConnectionLost:
-            # A server may refuse a taken name early and hang up on the rest of the body: its answer is lost then.
-            if if_absent and views and await self._is_another(name, views[0], size_bytes):
-                raise AlreadyExists(f"{where} exists already") from None
+        except ConnectionLost as error:
+            if views and error.__cause__ is not None:  # else nobody is there to ask
+                await self._ask_why(name, views[0], size_bytes, if_absent)
             raise
+        finally:
+            for view in views:
+                view.release()  # whatever still refers to it: the buffer is its owner's
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         data = BytesIO()  # whose `getvalue` is no copy
@@ -135,7 +138,7 @@ class S3Connector(Connector):
         page: Answer = {"IsTruncated": True}
         while page.get("IsTruncated"):
             following = {"ContinuationToken": page["NextContinuationToken"]} if len(page) > 1 else {}
-            page = await self._client.ask("list_objects_v2", self.location, Prefix=start, **following)
+            page = await self._list(Prefix=start, **following)
             for entry in page.get("Contents", ()):
                 name = entry["Key"][len(self.place.prefix) :]
                 if NAME.fullmatch(name):
@@ -151,7 +154,7 @@ class S3Connector(Connector):
         except ConnectorError:
             # Answers to HEAD have no body: whether it is the object that is missing, the bucket or the user, only
             # another request tells.
-            page = await self._client.ask("list_objects_v2", where, Prefix=key, MaxKeys=1)
+            page = await self._list(Prefix=key, MaxKeys=1)
         for entry in page.get("Contents", ()):
             if entry["Key"] == key:
                 return _info(name, entry["Size"], entry["LastModified"])
@@ -173,10 +176,20 @@ class S3Connector(Connector):
         """What to call an object in messages, and its key."""
         return f"{self.location}/{valid_name(name)}", self.place.prefix + name
 
+    async def _list(self, **parameters: Any) -> Answer:
+        """A page of a listing.
+
+        :raises NotStorage: if it is none: any web server answers something
+        """
+        page: Answer = await self._client.ask("list_objects_v2", self.location, **parameters)
+        if "IsTruncated" not in page:
+            raise NotStorage(f"{self.location}: the server does not answer as an S3 server does")
+        return page
+
     async def _top_names(self) -> set[str]:
         """What lies directly below the prefix, objects and folders: all of it if a repository is all there is."""
         prefix = self.place.prefix
-        page = await self._client.ask("list_objects_v2", self.location, Prefix=prefix, Delimiter="/", MaxKeys=100)
+        page = await self._list(Prefix=prefix, Delimiter="/", MaxKeys=100)
         keys = [entry["Key"] for entry in page.get("Contents", ())]
         keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
         return {key[len(prefix) :].removesuffix("/") for key in keys} - {""}
@@ -198,15 +211,25 @@ class S3Connector(Connector):
                 f"there is no bucket {self.place.bucket!r}, and this key may not make it: make it first ({error})"
             ) from error
 
-    async def _is_another(self, name: str, begin: memoryview, size_bytes: int) -> bool:
-        """Whether an object is there that is certainly not the one that was being put: its size or begin differ."""
+    async def _ask_why(self, name: str, begin: memoryview, size_bytes: int, if_absent: bool) -> None:
+        """After a put that was cut off: a server that refuses early hangs up on the body, and its answer may be lost.
+
+        :raises PermissionRefused: if that was why
+        :raises NotFound: if there is no bucket
+        :raises AlreadyExists: if the name was to be absent and is taken by what is certainly another object
+        """
+        where = self._where(name)[0]
         try:
-            if (await self.stat(name)).size_bytes != size_bytes:
-                return True
-            begin = begin[:_COMPARED_BYTES]
-            return await self.get(name, length=len(begin)) != begin
+            taken = (await self.stat(name)).size_bytes != size_bytes
+            if if_absent and not taken:
+                begin = begin[:_COMPARED_BYTES]
+                taken = await self.get(name, length=len(begin)) != begin
+        except NoBucket:
+            raise
         except (NotFound, TransientError):
-            return False
+            return
+        if if_absent and taken:
+            raise AlreadyExists(f"{where} exists already")
 
     async def _fetch(self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any]) -> None:
         """Hand the bytes of a range to `write`, piece by piece."""
@@ -220,15 +243,18 @@ class S3Connector(Connector):
         if offset or length is not None:
             wanted = {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
 
+        pace = self._client.pace.download if self._client.pace and self._client.pace.download.limited else None
+        most_bytes = _READ_BYTES if pace is None else _PACED_READ_BYTES
+
         async def read(answer: Answer, watch: Watch) -> None:
             try:
                 left = _checked_answer(answer, where, offset, length)
                 while left:
-                    piece = await answer["Body"].read(min(left, _READ_BYTES))
+                    piece = await answer["Body"].read(min(left, most_bytes))
                     if not piece:
                         raise ConnectionLost(f"{where}: {left} bytes are missing at its end")
-                    if self._client.pace is not None and self._client.pace.download.limited:
-                        await watch.outside(self._client.pace.download.take(len(piece)))
+                    if pace is not None:
+                        await watch.outside(pace.take(len(piece)))
                     watch.moved()
                     write(piece)
                     left -= len(piece)

@@ -5,6 +5,7 @@ aiobotocore is imported here alone, in a thread, when the first request is made 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import os
@@ -110,6 +111,9 @@ class Body:
         self._at += len(piece)
         if self._pace is not None:
             await self.watch.outside(self._pace.upload.take(len(piece)))
+        # A server that refuses early hangs up on the rest. Look for its answer before the next write fails and takes
+        # it away.
+        await asyncio.sleep(0)
         self.watch.moved()
         return piece
 

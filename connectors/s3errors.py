@@ -5,6 +5,7 @@ Classes of botocore, aiohttp and ssl are known by name, so that nothing of them 
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 class NoBucket(NotFound):
     """There is no such bucket."""
+
+
+class NoUpload(TransientError):
+    """There is no such upload in parts: somebody cleaned up. All of it is to be put again."""
 
 
 FORM = "s3://host[:port]/bucket[/prefix]"
@@ -68,10 +73,10 @@ _CODES: dict[str, tuple[type[ConnectorError], str]] = {
             *("ConditionalRequestConflict", "XAmzContentSHA256Mismatch", "IncompleteBody", "Throttling", "Busy"),
             *("ThrottlingException", "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests"),
             *("SlowDownRead", "SlowDownWrite", "RequestThrottled", "XMinioServerNotInitialized"),
-            "NoSuchUpload",  # somebody cleaned up: all of it is put again
         ),
         (TransientError, ""),
     ),
+    "NoSuchUpload": (NoUpload, ""),
     "NotImplemented": (ConnectorError, "the server can't do what a repository needs (put-if-absent, for one)"),
     "InvalidStorageClass": (InvalidLocation, "the server does not know this -o storage-class"),
     "InvalidBucketName": (InvalidLocation, f"not the name of a bucket; the form is {FORM}"),
@@ -157,7 +162,7 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
         return _answered(response, where)
     chain = list(_chain(error))
     for cause in chain:
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLError) and type(cause).__module__ == "ssl":  # aiohttp's classes derive from it
             return _untrusted(cause, where)
         if isinstance(cause, socket.gaierror):
             # A network that is down for a moment says EAI_AGAIN, and a host that was there is still there.
@@ -208,6 +213,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _reason(chain: list[BaseException]) -> str:
     """What the operating system says, if it comes from there, else the library."""
     for cause in chain:
-        if isinstance(cause, OSError) and cause.strerror:
-            return str(cause.strerror)
+        if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
+            return os.strerror(cause.errno)
     return str(chain[0]) or type(chain[0]).__name__

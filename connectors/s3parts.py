@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from coffret.connectors.errors import ConnectorError
+from coffret.connectors.errors import ConnectionLost, ConnectorError, PermissionRefused
+from coffret.connectors.s3errors import NoUpload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 _PARALLEL_PARTS = 4
 _MAX_PARTS = 10_000
+_ABORT_WAITS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 # No put takes as long as this: an upload so old is that of a process that was killed.
 _ABANDONED_AFTER_S = 24 * 3600.0
 
@@ -71,7 +73,11 @@ class PartsUpload:
 
         async def send_some() -> None:
             for number, part in numbered:
-                answer = await self._client.send("upload_part", where, part, PartNumber=number, **upload)
+                try:
+                    answer = await self._client.send("upload_part", where, part, PartNumber=number, **upload)
+                finally:
+                    for view in part:
+                        view.release()
                 etags[number] = answer["ETag"]
 
         try:
@@ -83,9 +89,21 @@ class PartsUpload:
         return etags
 
     async def _abort(self, where: str, upload: dict[str, Any]) -> None:
-        """Give an upload up. If the server can't be told, a later run does it."""
-        with anyio.CancelScope(shield=True), suppress(ConnectorError):
-            await self._client.ask("abort_multipart_upload", where, **upload)
+        """Give an upload up. If the server can't be told, a later run does it.
+
+        Servers fail to do so as long as parts are still coming in on connections that we have closed.
+        """
+        with anyio.CancelScope(shield=True):
+            for wait_s in (*_ABORT_WAITS_S, None):
+                try:
+                    await self._client.ask("abort_multipart_upload", where, **upload)
+                except (NoUpload, ConnectionLost, PermissionRefused):
+                    return
+                except ConnectorError:
+                    if wait_s is not None:
+                        await anyio.sleep(wait_s)
+                else:
+                    return
 
     async def _sweep(self) -> None:
         """Give up what killed processes left, once; by the server's clock."""

@@ -35,7 +35,7 @@ class Place:
     @property
     def location(self) -> str:
         """The canonical URL, without credentials."""
-        return quote(f"{self.scheme}://{self.host}/{self.bucket}/{self.prefix}".removesuffix("/"), safe=":/[]")
+        return quote(f"{self.scheme}://{self.host}/{self.bucket}/{self.prefix}".removesuffix("/"), safe=":/[]+")
 
 
 def parse_location(url: str, options: Mapping[str, str]) -> Place:

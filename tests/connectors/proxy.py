@@ -17,14 +17,16 @@ class Proxy:
     """Passes connections to `port` on `target_host` on, as an asynchronous context manager; its own port is `port`.
 
     What can be changed at any time: `delay_s` is how long bytes are under way (each direction; they stay in order, and
-    many are under way at once), `blackhole` swallows everything and says nothing, `cut_after_bytes` resets each new
-    connection after so many bytes in both directions together, `refuse` closes new ones at once. `connections` counts
-    those that were made, `passed_bytes` what went through.
+    many are under way at once), `blackhole` swallows everything and says nothing, `cut_answers` lets requests through
+    and resets the connection when the answer comes, `cut_after_bytes` resets each new connection after so many bytes
+    in both directions together, `refuse` closes new ones at once. `connections` counts those that were made,
+    `passed_bytes` what went through.
     """
 
     def __init__(self, target_port: int, target_host: str = "127.0.0.1", *, delay_s: float = 0.0) -> None:
         self._target = (target_host, target_port)
-        self.delay_s, self.blackhole, self.refuse = delay_s, False, False
+        self.delay_s = delay_s
+        self.blackhole = self.refuse = self.cut_answers = False
         self.cut_after_bytes: int | None = None
         self.connections = self.passed_bytes = 0
         self.port = 0
@@ -69,7 +71,7 @@ class Proxy:
                 left = [self.cut_after_bytes]
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._pass_on(reader, other, left))
-                    tasks.create_task(self._pass_on(answers, writer, left))
+                    tasks.create_task(self._pass_on(answers, writer, left, are_answers=True))
         except (asyncio.CancelledError, ExceptionGroup):
             pass  # cut, or the proxy ends: both sides are closed below
         finally:
@@ -80,7 +82,12 @@ class Proxy:
             self._tasks.discard(task)
 
     async def _pass_on(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[int | None]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        left: list[int | None],
+        *,
+        are_answers: bool = False,
     ) -> None:
         """One direction. Bytes wait in a queue, with the time at which they arrive."""
         loop = asyncio.get_running_loop()
@@ -97,6 +104,8 @@ class Proxy:
                     return
                 if self.blackhole:
                     continue
+                if self.cut_answers and are_answers:
+                    raise ConnectionResetError
                 if left[0] is not None:
                     data = data[: left[0]]
                     left[0] -= len(data)

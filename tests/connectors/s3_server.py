@@ -57,7 +57,8 @@ class S3Server:
         self, folder: Path, *, tls: bool = False, region: str = "us-east-1", objects: Path | None = None
     ) -> None:
         self.folder, self.buckets = folder, objects or folder / "buckets"
-        self.buckets.mkdir(parents=True, exist_ok=True)
+        for each in (self.folder, self.buckets):
+            each.mkdir(parents=True, exist_ok=True)
         self.scheme, self._region = "s3" if tls else "s3+http", region
         self.ca = folder / "ca.pem"
         if tls and not self.ca.exists():
