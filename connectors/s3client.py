@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
 import os
 import ssl
 from contextlib import AsyncExitStack
@@ -230,12 +229,15 @@ def _prepare(place: Place) -> tuple[Any, Any]:
             ssl.create_default_context(cafile=place.ca)
         except OSError as error:
             raise InvalidLocation(f"-o ca={place.ca}: {error.strerror or error}") from error
-    session = importlib.import_module("aiobotocore.session").get_session()
+    from aiobotocore.config import AioConfig
+    from aiobotocore.session import get_session
+
+    session = get_session()
     # The usual one takes most of the time that a page of a listing costs.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
     session.get_component("data_loader").load_service_model("s3", "service-2")
     _add_signer()
-    config = importlib.import_module("aiobotocore.config").AioConfig(
+    config = AioConfig(
         ignore_configured_endpoint_urls=True,  # the location says it
         connect_timeout=_CONNECT_S,
         read_timeout=None,  # the watch does it, while a body is sent as well
@@ -256,15 +258,17 @@ def _timestamp(value: Any) -> datetime:
     try:
         return datetime.fromisoformat(value)
     except (TypeError, ValueError):
-        parsed: datetime = importlib.import_module("botocore.utils").parse_timestamp(value)
+        from botocore.utils import parse_timestamp
+
+        parsed: datetime = parse_timestamp(value)
         return parsed
 
 
 def _add_signer() -> None:
     """Tell botocore of a signer that takes the hash of a body from the body, where it was made in a thread."""
-    auth = importlib.import_module("botocore.auth")
+    from botocore import auth
 
-    class Signer(auth.S3SigV4Auth):  # type: ignore[misc, name-defined]
+    class Signer(auth.S3SigV4Auth):  # type: ignore[misc]
         def payload(self, request: Any) -> str:
             return getattr(request.body, "sha256_hex", None) or str(super().payload(request))
 
