@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Buffer
     from coffret.connectors.limit import Pace
-    from coffret.connectors.s3client import Answer, Watch
+    from coffret.connectors.s3body import Watch
+    from coffret.connectors.s3client import Answer
     from coffret.connectors.s3place import Place
 
 # Packs (32 MiB) go as one request, several at a time: parts would cost each two more round trips.
