@@ -186,7 +186,8 @@ class SFTPConnector(Connector):
             raise refusal.kind(f"{self.location}{'/' * bool(name)}{name}: {refusal.reason}") from refusal
         finally:
             session.calls, session.large_calls = session.calls - 1, session.large_calls - large
-            self.capabilities = replace(self.capabilities, exclusive_puts=bool(self._naming.exclusive))
+            if self.capabilities.exclusive_puts is not bool(self._naming.exclusive):
+                self.capabilities = replace(self.capabilities, exclusive_puts=bool(self._naming.exclusive))
 
     @asynccontextmanager
     async def _opened(self, name: str, offset: int, size_bytes: int) -> AsyncIterator[tuple[Files, OpenFile]]:

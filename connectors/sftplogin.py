@@ -190,7 +190,8 @@ async def start_sftp(connection: asyncssh.SSHClientConnection, address: Address)
         # Refused, or a shell that prints a greeting first; not a connection that broke.
         if isinstance(error, (asyncssh.ChannelOpenError, asyncssh.SFTPBadMessage)) and not connection.is_closed():
             raise NotStorage(f"{address}: the server offers no SFTP to this user: {error}") from error
-        raise kind_of(error)(f"{address}: {error}") from error
+        reason = f"SFTP did not start within {_START_S} s" if isinstance(error, TimeoutError) else error
+        raise kind_of(error)(f"{address}: {reason}") from error
 
 
 def _identities(files: Any) -> dict[str, Any]:
