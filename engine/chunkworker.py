@@ -7,6 +7,7 @@ the same interpreter. The first frame, of keys and parameters, never stands on a
     to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)
                       ("free", slab)
     from the worker   ("batch", job, slab, results)   ("piece", job, slab, offset, refs)   ("file", job, result)
+                      ("error", reason)
 
 A file's result is an error text, or (stat, read_ns, refs, extents, xattrs, note): `stat` as STAT_FIELDS, `refs` packed,
 `extents` packed if sparse, `note` a fault that did not stop it. A batch's are (read_ns, stats, contents, xattrs,
@@ -17,13 +18,10 @@ parent to ask for anew. Nothing waits for a slab while it holds one: the tail of
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
-import signal
 import stat
 import struct
-import sys
 from time import time_ns
 from typing import Any
 
@@ -32,6 +30,7 @@ from blake3 import blake3
 from coffret.engine._read import FIELDS_FORMAT, SmallReader
 from coffret.engine.chunker import Chunker
 from coffret.engine.frames import put_frame, take_frames
+from coffret.engine.workermain import run_worker
 
 STAT_FIELDS = ("mode", "uid", "gid", "size", "mtime_ns", "ctime_ns", "inode", "device", "nlink")
 PATH_MAX = 4096
@@ -370,15 +369,5 @@ def mostly_cached(fd: int, size: int) -> bool:
     return found > _PROBES // 2
 
 
-def main() -> None:
-    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()  # nothing here is cyclic
-    try:
-        Worker(*map(int, sys.argv[1:6])).run()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_worker(Worker)

@@ -7,7 +7,7 @@ stored ranges into slabs; everything that costs CPU happens here. Every chunk id
                       ("files", job, slab, blocks, groups)   ("piece", job, slab, blocks, place, writes)
                       ("finish", job, directory, name, temporary, meta)   ("nodes", job, nodes)
                       ("pack", job, slab, length, name, table)
-    from the worker   ("done", job, faults)   with faults = [(key, reason)]
+    from the worker   ("done", job, faults)   with faults = [(key, reason)]   ("error", reason)
 
 `blocks` = [(header, at, stored, position, raw, codec)], a part = (block, inner, length, chunk id); see
 `restore_jobs`.
@@ -16,13 +16,10 @@ stored ranges into slabs; everything that costs CPU happens here. Every chunk id
 from __future__ import annotations
 
 import contextlib
-import gc
 import mmap
 import os
-import signal
 import stat
 import struct
-import sys
 from typing import Any
 
 import zstandard
@@ -33,6 +30,7 @@ from coffret.engine.frames import put_frame, take_frames
 from coffret.engine.packfile import MAX_RAW_BYTES, PackReader, verify_chunks
 from coffret.engine.places import Places
 from coffret.engine.sealing import PACK, ZSTD, BlockCipher, Sealer, Secrets
+from coffret.engine.workermain import run_worker
 
 ALIGNMENT = 4096
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -412,15 +410,5 @@ def write_extents(fd: int, data: list[memoryview], extents: bytes) -> None:
                 pending.pop(0)
 
 
-def main() -> None:
-    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()  # nothing here is cyclic
-    try:
-        OpenWorker(*map(int, sys.argv[1:6])).run()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_worker(OpenWorker)
