@@ -5,6 +5,7 @@ Stages never import each other: these are all they share.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -100,12 +101,13 @@ class RawBlock:
 class MetaChunks:
     """Chunks of the engine's own making (pages, lists, large attributes), on their way to dedup.
 
-    `store` may be called in any thread; what it queues is taken by `runs`.
+    `store` may be called in any thread; what it queues is taken by `runs`, in one.
     """
 
     def __init__(self, id_key: bytes) -> None:
         self._id_key = id_key
-        self._queue: list[Run] = []
+        # Appending and taking are each atomic: a thread may add while another takes.
+        self._queue: deque[Run] = deque()
 
     def store(self, payload: bytes) -> bytes:
         """Queue a payload, in pieces of at most a block; return their packed refs."""
@@ -119,5 +121,4 @@ class MetaChunks:
 
     def runs(self) -> list[Run]:
         """Take what is queued."""
-        queue, self._queue = self._queue, []
-        return queue
+        return [self._queue.popleft() for _ in range(len(self._queue))]

@@ -133,17 +133,20 @@ class Pipeline:
         """
         limits = self._limits
         threads = anyio.CapacityLimiter(limits.sealers + limits.uploads)
-        async with self._pool as pool, anyio.create_task_group() as group:
-            if isinstance(source, StreamSource):
-                group.start_soon(self._stream, source)
-            else:
-                group.start_soon(self._scan, source)
-                group.start_soon(self._chunk, pool)
-            group.start_soon(self._catalog)
-            group.start_soon(self._dedup)
-            group.start_soon(self._seal, threads)
-            for _ in range(limits.uploads):
-                group.start_soon(self._upload, threads)
+        try:
+            async with self._pool as pool, anyio.create_task_group() as group:
+                if isinstance(source, StreamSource):
+                    group.start_soon(self._stream, source)
+                else:
+                    group.start_soon(self._scan, source)
+                    group.start_soon(self._chunk, pool)
+                group.start_soon(self._catalog)
+                group.start_soon(self._dedup)
+                group.start_soon(self._seal, threads)
+                for _ in range(limits.uploads):
+                    group.start_soon(self._upload, threads)
+        finally:
+            self._packer.close()
 
     async def _scan(self, scanner: Scanner) -> None:
         async with anyio.create_task_group() as group:
@@ -183,7 +186,9 @@ class Pipeline:
         self.root = await catalog_stage(self._complete, self._catalog_runs, writer=self._writer, meta=self.meta)
 
     async def _dedup(self) -> None:
-        await dedup_stage(self._runs, self._dedup_blocks, known=self._known, progress=self._progress)
+        await dedup_stage(
+            self._runs, self._dedup_blocks, known=self._known, index=self._index, progress=self._progress
+        )
 
     async def _seal(self, threads: anyio.CapacityLimiter) -> None:
         with self._seal_packs as outbox:
