@@ -52,9 +52,11 @@ class Session:
         )
 
     @asynccontextmanager
-    async def repository(self) -> AsyncIterator[Repository]:
-        """The repository of the command line, opened."""
-        async with open_repository(self.globals.repository, passphrase=self.passphrase, options=self.options) as opened:
+    async def repository(self, *, writing: bool = False) -> AsyncIterator[Repository]:
+        """The repository of the command line, opened; `writing`: for a backup."""
+        async with open_repository(
+            self.globals.repository, passphrase=self.passphrase, options=self.options, writing=writing
+        ) as opened:
             if not opened.config.encrypted and any(name in os.environ for name in passphrase_variables()):
                 raise UsageError(
                     f"a passphrase is given, but the repository at {self.globals.repository} has no encryption",

@@ -208,15 +208,17 @@ class Run(NamedTuple):
 
 
 class ParentCursor:
-    """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread.
+    """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread. `recheck` sees each page first.
 
     Directories are sought in the catalog's order; pages between them are not read. Every method, and what it returns,
     raises Damaged if what is read is not well-formed.
     """
 
-    def __init__(self, root: bytes, depth: int, load: BlockingLoad) -> None:
+    def __init__(
+        self, root: bytes, depth: int, load: BlockingLoad, *, recheck: Callable[[LoadedPage], None] | None = None
+    ) -> None:
         self._walk = PageWalk(root, depth)
-        self._load = load
+        self._load, self._recheck = load, recheck
         self._page: LoadedPage | None = None
         # Of the current page: the next section, and where it begins.
         self._section = self._first = 0
@@ -263,4 +265,6 @@ class ParentCursor:
             walk.feed(self._load(refs))
             walk.skip_to(begin)
         self._page, self._section, self._first = walk.take(), 0, 0
+        if self._page is not None and self._recheck is not None:
+            self._recheck(self._page)
         return self._page

@@ -41,7 +41,7 @@ _START: Key = (b"", b"")
 
 @dataclass(slots=True, eq=False)
 class LoadedPage:
-    """A page as read: `entries` is how many it has in all its sections."""
+    """A page as read: `entries` is how many it has in all its sections; 0 if it must not be kept as it is."""
 
     ref: PageRef
     sections: list[Section]

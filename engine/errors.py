@@ -71,7 +71,11 @@ class Damaged(CoffretError):
 
 
 class ChunkMissing(Damaged):
-    """A chunk that is needed has no usable copy."""
+    """A chunk that is needed has no usable copy; `pack`: the id of the pack that should hold it, if one should."""
+
+    def __init__(self, message: str, *, pack: bytes | None = None) -> None:
+        super().__init__(message)
+        self.pack = pack
 
 
 class StorageError(CoffretError):

@@ -72,6 +72,9 @@ class Fetcher:
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._ciphers: OrderedDict[bytes, BlockCipher] = OrderedDict()
         self._lock = threading.Lock()
+        # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that.
+        self._bad: set[bytes] = set()
+        self._relisted = False
         self._gets = anyio.CapacityLimiter(connector.capabilities.parallel_gets)
 
     def cipher(self, header: bytes) -> BlockCipher:
@@ -99,11 +102,24 @@ class Fetcher:
         return joined
 
     async def chunks(self, ids: Sequence[bytes]) -> list[bytes]:
-        """The contents of chunks, verified.
+        """The contents of chunks, verified; from another pack where one is bad, and as a new listing has them.
 
         :raises ChunkMissing: if one has no usable copy
         """
-        locations = await self.mirror.locate(ids)
+        while True:
+            try:
+                return await self._chunks(ids)
+            except ChunkMissing as missing:
+                if missing.pack is not None and missing.pack not in self._bad:
+                    self._bad.add(missing.pack)
+                elif self.mirror.relist is not None and not self._relisted:
+                    self._relisted = True
+                    await self.mirror.relist()
+                else:
+                    raise
+
+    async def _chunks(self, ids: Sequence[bytes]) -> list[bytes]:
+        locations = await self.mirror.locate(ids, avoid=frozenset(self._bad))
         blocks: dict[BlockKey, Location] = {}
         for chunk_id, location in zip(ids, locations, strict=True):
             if location is None:
@@ -122,13 +138,14 @@ class Fetcher:
             block = opened[location.pack, location.offset]
             data = bytes(block[location.inner : location.inner + location.length])
             if blake3(data, key=self.id_key).digest() != chunk_id:
-                raise ChunkMissing(f"chunk {chunk_id.hex()[:16]} does not have its id")
+                raise ChunkMissing(f"chunk {chunk_id.hex()[:16]} does not have its id", pack=location.pack)
             found.append(data)
         return found
 
     async def _blocks(self, wanted: dict[BlockKey, Location]) -> dict[BlockKey, bytes | memoryview]:
         opened: dict[BlockKey, bytes | memoryview] = {}
-        missing = []
+        missing: list[Location] = []
+        failed: list[ChunkMissing] = []
         for key, location in wanted.items():
             if (block := self._cache.get(key)) is not None:
                 self._cache.move_to_end(key)
@@ -137,9 +154,12 @@ class Fetcher:
                 missing.append(location)
 
         async def fetch(part: Range) -> None:
-            data = await self.read(part)
-            for location, block in await to_thread.run_sync(self._open, part, data):
-                opened[location.pack, location.offset] = block
+            try:
+                data = await self.read(part)
+                for location, block in await to_thread.run_sync(self._open, part, data):
+                    opened[location.pack, location.offset] = block
+            except ChunkMissing as error:
+                failed.append(error)
 
         ranges = coalesce(missing, self.connector.capabilities.coalesce_gap_bytes)
         if len(ranges) == 1:
@@ -148,6 +168,8 @@ class Fetcher:
             async with anyio.create_task_group() as group:
                 for part in ranges:
                     group.start_soon(fetch, part)
+        if failed:
+            raise failed[0]
         for location in missing:
             self._keep((location.pack, location.offset), opened[location.pack, location.offset])
         return opened
@@ -161,7 +183,7 @@ class Fetcher:
             try:
                 return await self.connector.get(pack_name(part.pack), offset=part.begin, length=part.end - part.begin)
             except (NotFound, InvalidRange) as error:
-                raise ChunkMissing(f"pack {part.pack.hex()[:16]}: {error}") from None
+                raise ChunkMissing(f"pack {part.pack.hex()[:16]}: {error}", pack=part.pack) from None
 
     async def read_into(self, part: Range, view: memoryview) -> None:
         """Fetch a range into memory; one that is not there is filled with zeros, which open as nothing."""
@@ -184,7 +206,8 @@ class Fetcher:
         try:
             return open_block(self.cipher(block.header), stored, block.offset, block.raw_bytes, block.codec)
         except Damaged as error:
-            raise ChunkMissing(f"pack {block.pack.hex()[:16]} at {block.offset}: {error}") from None
+            message = f"pack {block.pack.hex()[:16]} at {block.offset}: {error}"
+            raise ChunkMissing(message, pack=block.pack) from None
 
     def _keep(self, key: BlockKey, block: bytes | memoryview) -> None:
         if key in self._cache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,6 +20,7 @@ from coffret.connectors.registry import open_connector
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
 from coffret.engine.keyring import put_slot, read_keyring
+from coffret.engine.objects import put_once
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from coffret.engine.ops.check import CheckOptions, CheckSummary
     from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
     from coffret.engine.progress import Progress
-    from coffret.engine.records import Config, Entry
+    from coffret.engine.records import Config, Entry, SourceFault
     from coffret.engine.sealing import Secrets
     from coffret.engine.snapshot import Commits, Snapshot
     from coffret.engine.stream import StreamSource
@@ -67,11 +69,14 @@ class Repository:
         slot_id: str,
         options: OpenOptions,
         notes: list[str],
+        writing: bool = False,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
         #: The config, as stored and as read; and the key slot that opened it, "" without encryption.
         self.config_data, self.config, self.slot_id = config_data, configuration.parse_config(config_data), slot_id
-        self.options = options
+        self.options, self._writing = options, writing
+        #: The readers' view of the index; each attempt has one of its own.
+        self.mirror.relist = self._relist
         #: Remarks for the user that came up while opening.
         self.notes = notes
         self.id_bytes = bytes.fromhex(self.config.repository_id)
@@ -79,25 +84,45 @@ class Repository:
         self._commits: Commits | None = None
 
     async def commits(self) -> Commits:
-        """The snapshots there are, listed once; the mirror is in step with the index then."""
+        """The snapshots there are, listed once, and anew after a backup; the mirror is in step with the index then."""
         if self._commits is None:
-            from coffret.engine.attempt import update_mirror
             from coffret.engine.snapshot import load_commits
 
-            names = [info.name async for info in self.connector.list("index/")]
-            self._commits = await load_commits(self.connector, self.sealer)
-            damaged = await update_mirror(self.connector, self.sealer, self.mirror, names, self._commits)
-            self.notes += [f"left out, since it is damaged: {reason}" for _, reason in self._commits.damaged + damaged]
+            # Before the index: of a snapshot that is listed all index objects are there.
+            commits = await load_commits(self.connector, self.sealer)
+            damaged = await self._follow(commits)
+            self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
+            self._commits = commits
         return self._commits
+
+    async def _relist(self) -> None:
+        await self._follow(await self.commits())
+
+    async def _follow(self, commits: Commits) -> list[tuple[str, str]]:
+        """Bring the readers' view up to date; return what is damaged."""
+        from coffret.engine.attempt import list_index, update_mirror
+
+        listed = await list_index(self.connector)
+        return await update_mirror(self.connector, self.sealer, self.mirror, listed, commits)
 
     async def find_snapshot(self, text: str) -> Snapshot:
         """The snapshot meant by an id, a unique prefix of one, or `latest`.
 
         :raises NoSuchSnapshot: if none is meant, or several are
+        :raises Damaged: if `latest` may mean one that can't be read
         """
         from coffret.engine.snapshot import find_snapshot
 
-        return find_snapshot((await self.commits()).snapshots, text)
+        return find_snapshot(await self.commits(), text)
+
+    async def faults(self, snapshot: Snapshot) -> list[SourceFault]:
+        """What could not be backed up as it should when a snapshot was made: listed headers are without it.
+
+        :raises Damaged: if the snapshot's object is not what was stored
+        """
+        from coffret.engine.snapshot import load_faults
+
+        return await load_faults(self.connector, self.sealer, snapshot)
 
     async def backup(
         self,
@@ -105,11 +130,20 @@ class Repository:
         options: BackupOptions | None = None,
         progress: Progress | None = None,
     ) -> BackupSummary:
-        """Back up paths, or a stream, as one snapshot; see `ops.backup.backup`."""
+        """Back up paths, or a stream, as one snapshot; see `ops.backup.backup`.
+
+        :raises RepositoryChanged: if data might be written in clear to a repository put in the place of another
+        """
         from coffret.engine.ops import backup
         from coffret.engine.progress import Progress
 
-        return await backup.backup(self, source, options or backup.BackupOptions(), progress or Progress())
+        options = options or backup.BackupOptions()
+        if not self._writing and not options.dry_run:
+            await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
+            self._writing = True
+        summary = await backup.backup(self, source, options, progress or Progress())
+        self._commits = None
+        return summary
 
     async def restore(
         self,
@@ -209,7 +243,7 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
             await put_slot(connector, slot_id, slot)
         try:
             # Last: with its config the repository exists.
-            await connector.put(CONFIG, [data], if_absent=True)
+            await put_once(connector, CONFIG, data)
         except AlreadyExists:
             raise taken from None
         state.remember(
@@ -248,9 +282,16 @@ async def _probe(connector: Connector) -> None:
 
 @asynccontextmanager
 async def open_repository(
-    url: str, *, passphrase: Callable[[], bytes] | None = None, options: OpenOptions | None = None
+    url: str,
+    *,
+    passphrase: Callable[[], bytes] | None = None,
+    options: OpenOptions | None = None,
+    writing: bool = False,
 ) -> AsyncIterator[Repository]:
     """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
+
+    `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
+    put in its place.
 
     :raises NoRepository: if there is none
     :raises WrongPassphrase: if the passphrase opens nothing, or none is given
@@ -263,20 +304,38 @@ async def open_repository(
         data = await _config(connector, url)
         config = configuration.parse_config(data)
         digest = configuration.config_hash(data)
-        known = (connector.location, config.repository_id, config.encrypted, digest, options.expect_id)
-        state.check(*known, pin=False, folder=options.state_dir)
+        _check_pins(connector, data, options, pin=False)
         slot_id, secrets = await _unlock(connector, config, digest, passphrase)
-        note = state.check(*known, folder=options.state_dir)
-        folder = None
-        if options.use_cache:
-            folder = mirror_folder(_cache_folder(options), config.repository_id, connector.location)
+        note = _check_pins(connector, data, options, writing=writing)
+        folder, cache = None, _cache_folder(options)
+        if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
+            folder = mirror_folder(cache, config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
         try:
             notes = [text for text in (note, mirror.why_private if options.use_cache else "") if text]
-            yield Repository(connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes)
+            yield Repository(
+                connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes, writing=writing
+            )
         finally:
             with anyio.CancelScope(shield=True):
                 await mirror.close()
+
+
+def _check_pins(
+    connector: Connector, data: bytes, options: OpenOptions, *, pin: bool = True, writing: bool = False
+) -> str:
+    """Whether this is the repository that was here before; see `state.check`."""
+    config = configuration.parse_config(data)
+    return state.check(
+        connector.location,
+        config.repository_id,
+        config.encrypted,
+        configuration.config_hash(data),
+        options.expect_id,
+        pin=pin,
+        writing=writing,
+        folder=options.state_dir,
+    )
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ Everything here blocks for a few milliseconds: call it in a thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
@@ -135,7 +136,10 @@ def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | Non
 
 def _path(location: str, folder: Path | None) -> Path:
     name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
-    return (folder or state_folder()) / "pins" / f"{name}.json"
+    folder = folder or state_folder()
+    if not folder.is_absolute():  # a literal "~"
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory", str(folder))
+    return folder / "pins" / f"{name}.json"
 
 
 def _read(path: Path) -> list[Pin]:
