@@ -202,9 +202,22 @@ class Repository:
             async for entries in catalog.listing(path):
                 yield path, entries
 
-    def own_places(self) -> frozenset[tuple[int, int]]:
-        """(device, inode) of the directories a backup leaves out: the repository itself, and Coffret's own."""
-        places = [_cache_folder(self.options), self.options.state_dir or state.state_folder()]
+    def own_places(self, roots: Sequence[bytes]) -> frozenset[tuple[int, int]]:
+        """(device, inode) of the directories that a backup of `roots` leaves out: the repository, and Coffret's own.
+
+        A folder for cache or state that the user chose may hold other things, as may one that a root lies in: there
+        only what Coffret keeps of repositories is left out.
+        """
+        asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
+        cache = _cache_folder(self.options), self.options.cache_dir, "[0-9a-f]" * 64 + "-*"
+        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, "pins"
+        places: list[Path] = []
+        for folder, chosen, pattern in (cache, kept):
+            real = os.path.realpath(folder)
+            if chosen or any(os.path.commonpath((real, path)) == real for path in asked_for):
+                places += folder.glob(pattern)
+            else:
+                places.append(folder)
         if self.connector.location.startswith("file://"):
             places.append(self.connector.path)  # type: ignore[attr-defined]
         found = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -143,10 +144,12 @@ async def test_no_worker_can_be_started(call: str, monkeypatch: pytest.MonkeyPat
 
     owner, name = call.split(".")
     monkeypatch.setattr(getattr(workerpool, owner), name, refused)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     known = await failure_of(pool())
     assert "can't be started: Too many open files" in str(known)
     assert "ulimit" in known.remedy
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
