@@ -46,7 +46,11 @@ class OpenPool:
 
     async def __aenter__(self) -> OpenPool:
         await self._pool.__aenter__()
-        self._pool.start(self._hello)
+        try:
+            self._pool.start(self._hello)
+        except BaseException as error:
+            await self._pool.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     async def __aexit__(
