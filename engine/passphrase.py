@@ -27,6 +27,11 @@ def passphrase_variables(prefix: str = PREFIX) -> tuple[str, str, str]:
     return prefix, f"{prefix}_FILE", f"{prefix}_COMMAND"
 
 
+def passphrase_is_set(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
+    """Whether one of the variables is set, to whatever value."""
+    return any(name in env for name in passphrase_variables(prefix))
+
+
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:
     """The passphrase that `prefix`, `prefix`_FILE or `prefix`_COMMAND gives; None if none of them is set.
 

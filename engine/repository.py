@@ -7,15 +7,15 @@ async with open_repository("/var/backups", passphrase=lambda: b"…") as reposit
 from __future__ import annotations
 
 import os
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
 
-from coffret.connectors.errors import AlreadyExists, NotFound
+from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
 from coffret.connectors.registry import open_connector
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
@@ -45,15 +45,18 @@ CONFIG = "config"
 class OpenOptions:
     """How to reach a repository, and where this machine keeps what it knows of it.
 
-    `connector`: options of the storage. `cache_dir` and `state_dir` default to the user's folders. `expect_id`: accept
-    this repository, and no other.
+    `connector`: options of the storage; `connections`: how many objects are read at a time, None for what suits it.
+    `cache_dir` and `state_dir` default to the user's folders. `expect_id`: accept this repository, and no other.
+    `encrypted_only`: refuse one without encryption, since a passphrase was given.
     """
 
     connector: Mapping[str, str] = field(default_factory=dict)
+    connections: int | None = None
     cache_dir: Path | None = None
     state_dir: Path | None = None
     use_cache: bool = True
     expect_id: str | None = None
+    encrypted_only: bool = False
 
 
 class Repository:
@@ -234,13 +237,18 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
     """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
 
     :raises UsageError: if there is a repository already, or the passphrase is empty
+    :raises NoRepository: if the place holds something else
     """
     options = options or OpenOptions()
     secrets = keys.new_secrets(encrypted=passphrase is not None)
     config = configuration.new_config(secrets)
     data = configuration.config_bytes(config)
     async with open_connector(url, options.connector) as connector:
-        await connector.create()
+        try:
+            await connector.create()
+        except NotStorage as error:
+            await _check_not_lost(connector, url)
+            raise NoRepository(str(error), remedy="choose a new or an empty folder") from None
         taken = UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
         try:
             await connector.stat(CONFIG)
@@ -307,17 +315,19 @@ async def open_repository(
     put in its place.
 
     :raises NoRepository: if there is none
+    :raises UsageError: if it has no encryption, and that is asked for
     :raises WrongPassphrase: if the passphrase opens nothing, or none is given
     :raises RepositoryChanged: if it is not the one that was at this location before
     """
     from coffret.engine.mirror import Mirror, mirror_folder
 
     options = options or OpenOptions()
-    async with open_connector(url, options.connector) as connector:
+    async with bare_storage(url, options) as connector:
         data = await _config(connector, url)
         config = configuration.parse_config(data)
         digest = configuration.config_hash(data)
         _check_pins(connector, data, options, pin=False)
+        _check_encryption(config, url, options)
         slot_id, secrets = await _unlock(connector, config, digest, passphrase)
         note = _check_pins(connector, data, options, writing=writing)
         folder, cache = None, _cache_folder(options)
@@ -325,7 +335,9 @@ async def open_repository(
             folder = mirror_folder(cache, config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
         try:
-            notes = [text for text in (note, mirror.why_private if options.use_cache else "") if text]
+            notes = [note] if note else []
+            if options.use_cache and mirror.why_private:
+                notes.append(f"no local cache is kept: {mirror.why_private}")
             yield Repository(
                 connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes, writing=writing
             )
@@ -356,9 +368,14 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
     """The storage of a repository, without its keys: for what needs no passphrase.
 
     :raises NoRepository: if there is no repository
+    :raises UsageError: if it has no encryption, and that is asked for
+    :raises RepositoryChanged: if it is not the one expected
     """
+    options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
-        configuration.parse_config(await _config(connector, url))
+        config = configuration.parse_config(await _config(connector, url))
+        state.check_expected(connector.location, config.repository_id, options.expect_id)
+        _check_encryption(config, url, options)
         yield connector
 
 
@@ -367,6 +384,8 @@ async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
     """The storage at a location, whatever is there: for putting back what a repository lost."""
     options = options or OpenOptions()
     async with open_connector(url, options.connector) as connector:
+        if options.connections is not None:
+            connector.capabilities = replace(connector.capabilities, parallel_gets=options.connections)
         yield connector
 
 
@@ -375,7 +394,30 @@ async def _config(connector: Connector, url: str) -> bytes:
         size_bytes = (await connector.stat(CONFIG)).size_bytes
         return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
     except NotFound:
+        await _check_not_lost(connector, url)
         raise NoRepository(f"no repository at {url}") from None
+
+
+async def _check_not_lost(connector: Connector, url: str) -> None:
+    """Where there is no config, there must be no packs either.
+
+    :raises NoRepository: if there are
+    """
+    with suppress(ConnectorError):
+        async for _ in connector.list("packs/"):
+            raise NoRepository(
+                f"{url} holds a repository that has lost its config",
+                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`",
+            )
+
+
+def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
+    """Refuse a repository without encryption, if so asked: before it is remembered, and before anything is stored."""
+    if options.encrypted_only and not config.encrypted:
+        raise UsageError(
+            f"a passphrase is given, but the repository at {url} has no encryption",
+            remedy="unset it if that is intended; otherwise do not trust this storage",
+        )
 
 
 async def _unlock(
