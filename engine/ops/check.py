@@ -43,9 +43,13 @@ _ENTRIES = 512
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """How deep to look. `fast`: index, catalogs, existence and size of packs; nothing of packs' content."""
+    """How deep to look. `fast`: index, catalogs, existence and size of packs; nothing of packs' content.
+
+    `workers`: how many processes verify packs; None for the number that was measured best.
+    """
 
     fast: bool = False
+    workers: int | None = None
 
 
 @dataclass(slots=True)
@@ -78,20 +82,22 @@ async def check(
     if targets is None:
         await work.objects()
         await work.packs(None)
-        for snapshot in (await repository.commits()).snapshots:
-            await work.snapshot(snapshot, None)
-    else:
-        if not options.fast:
-            await work.packs(await work.needed(targets))
-        for snapshot, path in targets:
-            await work.snapshot(snapshot, path)
+        targets = [(snapshot, None) for snapshot in (await repository.commits()).snapshots]
+    elif not options.fast:
+        await work.packs(await work.needed(targets))
+    if all(path is None for _, path in targets):
+        progress.files_total = sum(snapshot.header.counts.files for snapshot, _ in targets)
+    for snapshot, path in targets:
+        await work.snapshot(snapshot, path)
     return work.summary
 
 
 async def check_packs(repository_connector: Any, progress: Progress) -> CheckSummary:
     """Verify the checksums of all packs by their names: needs no passphrase, finds any altered byte."""
     summary = CheckSummary()
-    async for info in repository_connector.list("packs/"):
+    packs = [info async for info in repository_connector.list("packs/")]
+    progress.phase, progress.size_total = "packs", sum(info.size_bytes for info in packs)
+    for info in packs:
         data = await repository_connector.get(info.name)
         digest = await to_thread.run_sync(_digest, data)
         summary.packs += 1
@@ -114,6 +120,7 @@ class _Check:
         self._fetcher = Fetcher(
             repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key
         )
+        self._gets = anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
         self.summary = CheckSummary()
         # Blocks that are damaged; -1 stands for the whole pack. Few, or the repository is lost anyway.
         self._bad: set[tuple[bytes, int]] = set()
@@ -146,11 +153,12 @@ class _Check:
         pool = OpenPool(
             self._repository.secrets,
             self._repository.id_bytes,
-            workers=OPEN_WORKERS,
+            workers=self._options.workers or OPEN_WORKERS,
             slabs=CHECK_SLABS,
             slab_bytes=self._repository.config.pack_bytes,
         )
         names = await self._index()
+        self._progress.size_total = await self._stored_bytes(wanted)
         seen: set[bytes] = set()
         async with pool, anyio.create_task_group() as group:
             for name in names:
@@ -161,6 +169,12 @@ class _Check:
                     slab = await pool.acquire()
                     group.start_soon(self._pack, pool, slab, table)
         self.summary.packs = len(seen)
+
+    async def _stored_bytes(self, wanted: set[bytes] | None) -> int:
+        """The size of all packs there are, or of those wanted."""
+        names = None if wanted is None else {pack_name(pack) for pack in wanted}
+        packs = self._connector.list("packs/")
+        return sum([info.size_bytes async for info in packs if names is None or info.name in names])
 
     async def _index(self) -> list[str]:
         """The index objects that count: what an attempt that was taken for dead had put is void."""
@@ -185,7 +199,8 @@ class _Check:
             info = await self._connector.stat(name)
             if info.size_bytes != table.size_bytes:
                 raise InvalidRange(f"{info.size_bytes} bytes instead of {table.size_bytes}")
-            await self._connector.get_into(name, 0, pool.view(slab)[: table.size_bytes])
+            async with self._gets:
+                await self._connector.get_into(name, 0, pool.view(slab)[: table.size_bytes])
         except (NotFound, InvalidRange) as error:
             pool.release(slab)
             self._pack_faults(pack, [(-1, str(error))])

@@ -44,12 +44,16 @@ _FULL = {os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)}
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note."""
+    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note.
+
+    `workers`: how many processes open and write; None for the number that was measured best.
+    """
 
     overwrite: str = "refuse"
     patterns: PathPatterns | None = None
     owner: bool | None = None
     sparse: bool = False
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ async def restore(
     pool = OpenPool(
         repository.secrets,
         repository.id_bytes,
-        workers=OPEN_WORKERS,
+        workers=options.workers or OPEN_WORKERS,
         slabs=OPEN_SLABS,
         slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
         target=os.path.abspath(target),  # noqa: ASYNC240 - reads the current directory, no more
@@ -433,7 +437,7 @@ class _Restore:
     def _fault(self, path: bytes, reason: str) -> None:
         if reason in _FULL:  # it would be the same for all that follows
             raise OutOfSpace(f"{os.fsdecode(path)}: {reason}", remedy="choose a target with more space")
-        self._progress.fault(path, reason)
+        self._progress.fault(path or b".", reason)  # "." is the target itself
 
     def _done(self, path: bytes, size_bytes: int) -> None:
         progress = self._progress
