@@ -208,3 +208,13 @@ def test_how_a_process_ended() -> None:
     assert how_ended(7) == "exit code 7"
     assert how_ended(-9) == "killed by SIGKILL"
     assert how_ended(-(signal.SIGRTMIN + 3)) == f"killed by signal {signal.SIGRTMIN + 3}"
+
+
+def test_a_passphrase_command_gets_no_passphrase(tmp_path: Path) -> None:
+    """What changes a passphrase has two: the command that gives one is not told the other."""
+    program = Program(tmp_path, environment={"COFFRET_PASSPHRASE": "the old one"})
+    program("create")
+    told = f"sh -c 'env > {tmp_path}/told; echo another'"
+    program.with_environment(COFFRET_NEW_PASSPHRASE_COMMAND=told)("passphrase", "add")
+    assert "HOME=" in (tmp_path / "told").read_text()
+    assert "the old one" not in (tmp_path / "told").read_text()
