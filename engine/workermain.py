@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def run_worker(make: Callable[..., Any]) -> None:
-    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle.
+    """Run a worker until its parent is gone or has closed the socket.
+
+    What ends a program is the parent's to handle: Ctrl-C, a closed terminal and a service's end go to all of its group.
 
     `make` gets the numbers of the command line: SOCKET MEMORY NUMBER SLABS SLAB_BYTES. What goes wrong is told to the
     parent as ("error", text); the traceback goes to standard error, which is nowhere as a rule.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     gc.disable()  # nothing here is cyclic
     numbers = [int(word) for word in sys.argv[1:6]]
     try:
