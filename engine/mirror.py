@@ -104,6 +104,8 @@ class Mirror:
         #: Whether all packs were found in the storage, as far as is known; and those that were not.
         self.audited = False
         self.bad_packs: frozenset[bytes] = frozenset()
+        #: Why the files shared with other processes were left (see `leave`); "" if they were not.
+        self.left = ""
         #: Lists the repository anew and brings this view up to date; for who does not find what must be there.
         self.relist: Callable[[], Awaitable[None]] | None = None
         self._settled: frozenset[str] = frozenset()  # attempts whose index objects are sure
@@ -132,7 +134,7 @@ class Mirror:
         """Go on with private files, since those shared with other processes can't be had; `reconcile` follows."""
         self._view, self._gone = View({}, (), ()), {}
         self._files = await anyio.to_thread.run_sync(_Files.apart, self._repository_id, why)
-        self._owner = True
+        self._owner, self.left = True, why
 
     @property
     def objects(self) -> KeysView[str]:

@@ -94,6 +94,7 @@ class Repository:
             # Before the index: of a snapshot that is listed all index objects are there.
             commits = await load_commits(self.connector, self.sealer)
             damaged = await self._follow(commits)
+            self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
             self._commits = commits
         return self._commits

@@ -242,7 +242,8 @@ def test_what_is_looked_up(lost: str) -> None:
         chunks.lost.add(refs[lost][:32])
     Recheck(chunks.load, chunks.absent)(page)
     again = b"".join(found.name for found in entries if found.racy)
-    assert again == {"content": b"a", "list": b"bc", "upper list": b"bc", "xattrs": b"d", "extents": b"e"}.get(lost, b"")
+    names = {"content": b"a", "list": b"bc", "upper list": b"bc", "xattrs": b"d", "extents": b"e"}
+    assert again == names.get(lost, b"")
     assert page.entries == (0 if lost == "page" else 6)
 
 

@@ -7,7 +7,7 @@ import os
 import pwd
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,6 +24,7 @@ from coffret.engine.fetch import Fetcher
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
 from coffret.engine.pipeline import Limits, Pipeline
+from coffret.engine.progress import Progress
 from coffret.engine.recheck import Recheck
 from coffret.engine.records import ID_BYTES, Counts, SnapshotHeader, SourceFault
 from coffret.engine.scan import Roots, Scanner, ScanOptions
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Buffer, ObjectInfo
     from coffret.engine.filters import Filters
-    from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
 
 # A revoked writer tries again as a new attempt this many times; each was without a refresh for half an hour.
@@ -121,11 +121,10 @@ async def backup(
 
 
 def _begin_anew(progress: Progress) -> None:
-    """What an attempt counted that comes to nothing is counted again by the next."""
-    progress.files = progress.entries = progress.size_bytes = progress.errors = 0
-    progress.new = progress.changed = progress.unmodified = 0
-    progress.read_bytes = progress.added_bytes = progress.stored_bytes = 0
-    progress.files_total = progress.size_total = None
+    """What an attempt counted that comes to nothing is counted again by the next: counters and totals begin anew."""
+    for counter in fields(Progress):
+        if counter.default == 0 or (counter.default is None and counter.name.endswith("_total")):
+            setattr(progress, counter.name, counter.default)
 
 
 async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> BackupSummary:
@@ -182,10 +181,12 @@ class _Backup:
         for _, reason in self.attempt.damaged:
             self._progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
         if bad := len(self.attempt.mirror.bad_packs):
-            packs = "1 pack is" if bad == 1 else f"{bad} packs are"
+            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
             self._progress.note(
-                f"{packs} missing or cut short; what they held is stored again where the source still has it"
+                f"{packs} missing or cut short; what {held} is stored again where the source still has it"
             )
+        if self.attempt.mirror.left:
+            self._progress.note(f"no local cache is used: {self.attempt.mirror.left}")
         for name in self.attempt.commits.doubtful:
             self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
 
