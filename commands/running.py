@@ -173,8 +173,8 @@ class Session:
 
     def _advise(self, error: CoffretError) -> None:
         """Let an error say what helps this command."""
-        if isinstance(error, WrongPassphrase) and self._check_passphrase:
-            error.remedy = self._check_passphrase
+        if isinstance(error, WrongPassphrase) and error.remedy == WrongPassphrase.remedy:
+            error.remedy = self._check_passphrase or error.remedy
         elif isinstance(error, OutOfSpace) and self.name in ("backup", "push"):
             error.remedy += "; what was stored is kept"
         elif isinstance(error, Damaged) and self.name == "check":

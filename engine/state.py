@@ -87,7 +87,7 @@ def check(
                 shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
                 _write(path, _Location(shown, [*accepted, found]))
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         note = f"this machine can't remember the repository to notice if another takes its place: {reason}"
         if writing and not encrypted and expect_id is None:
             raise RepositoryChanged(

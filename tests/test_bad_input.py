@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import PosixPath
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ import msgspec
 import pytest
 from tests import fault_harness
 from tests.fault_harness import PASSPHRASE, Here, contents, make_source, objects, put_in_place, replace_tree
-from tests.harness import Program, needs_root, with_mounts
+from tests.harness import NOBODY, Program, needs_root, with_mounts
 
 from coffret import cli
 from coffret.engine.configuration import config_bytes
@@ -230,7 +232,7 @@ def test_what_check_advises(tmp_path: Path, how: str) -> None:
 
 
 def test_damage_is_told_once(tmp_path: Path) -> None:
-    """Of a snapshot's object, an index object and a pack."""
+    """Of a snapshot's object and of an index object."""
     run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path / "source")
     for number in range(2):
         (source / "fresh").write_bytes(os.urandom(1000 + number))
@@ -239,9 +241,8 @@ def test_damage_is_told_once(tmp_path: Path) -> None:
     for path in damaged:
         put_in_place(path, path.read_bytes()[:-1])
     for how in ([], ["--fast"]):
-        outcome = run("check", *how, codes=(4,))
-        for path in damaged:
-            assert outcome.stderr.count(path.name) == 1, outcome
+        told = run("check", *how, codes=(4,)).stderr.splitlines()
+        assert [line.split(": ")[1] for line in told] == [str(path.relative_to(run.repository)) for path in damaged]
     # Of one that is not looked at there is a remark.
     other = run("check", "latest", codes=(0, 4)).stderr
     assert f"left out, since it is damaged: {damaged[0].relative_to(run.repository)}" in other
@@ -253,11 +254,11 @@ def test_what_was_checked(stage: Stage) -> None:
     outcome = Here(stage.home)("check", "--packs")
     assert outcome.stdout == f"check: the checksums of {packs} packs are right\n"
     short = stage.run("ls").stdout.splitlines()[-1].split()[1]
-    once = stage.run("check", "latest")
+    once = stage.run("check", "latest").stdout
+    assert once == f"check: verification of {short}:{stage.source} completed successfully\n"
     part = f"latest:{stage.source}/second"
     for twice in (["latest", short], [part, "latest", part]):
-        outcome = stage.run("check", *twice)
-        assert outcome.stdout == once.stdout == f"check: verification of {short}:{stage.source} completed successfully\n"
+        assert stage.run("check", *twice).stdout == once
     assert stage.run("check", part, part).stdout.count(short) == 1
 
 
@@ -292,28 +293,27 @@ def test_no_room_to_create(tmp_path: Path) -> None:
 
 
 @needs_root
+@pytest.mark.skipif(subprocess.run(["unshare", "--user", "true"]).returncode != 0, reason="no user namespaces here")
 def test_target_of_another(tmp_path: Path) -> None:
     """A target whose own metadata can't be set has a name, too."""
-    from tests.harness import NOBODY, scratch
-
-    with scratch(uid=NOBODY) as home:
-        run = Program(home, uid=NOBODY)
-        run("create", "--no-encryption")
-        (home / "source").mkdir(mode=0o755)
-        os.chown(home / "source", NOBODY, NOBODY)
-        run("backup", home / "source")
-        (home / "target").mkdir()
-        (home / "target").chmod(0o777)
-        outcome = run("restore", "latest", "--to", home / "target", code=3)
-        assert outcome.stderr.splitlines()[-1] == "restore: .: Operation not permitted"
-        outcome = run("restore", "--json", "latest", "--to", home / "target", code=3)
-        assert outcome.faults == {b".": "Operation not permitted"}
+    program, target = Program(tmp_path), tmp_path / "target"
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    program("backup", tmp_path / "source")
+    target.mkdir()
+    os.chown(target, NOBODY, NOBODY)
+    target.chmod(0o777)
+    without_privileges = replace(program, prefix=("unshare", "--user"))
+    outcome = without_privileges("restore", "latest", "--to", target, code=3)
+    assert outcome.stderr.splitlines()[-1] == "restore: .: Operation not permitted"
+    outcome = without_privileges("restore", "--json", "latest", "--to", target, code=3)
+    assert outcome.faults == {b".": "Operation not permitted"}
 
 
 @needs_root
 def test_not_permitted() -> None:
     """As a user who may not write: to the repository, to the target, and who may not read it either."""
-    from tests.harness import NOBODY, scratch
+    from tests.harness import scratch
 
     with scratch(uid=NOBODY) as home:
         run = Program(home, uid=NOBODY)
