@@ -328,7 +328,9 @@ def _amounts(name: str, progress: Progress) -> list[str]:
     size = format_size(max(progress.size_bytes, progress.read_bytes)) + of_bytes
     if name != "check":
         return [files, size]
-    return [files if _by_files(name, progress) else size]
+    if _by_files(name, progress):
+        return [files]
+    return [size] if progress.size_total else []  # a fast one reads none
 
 
 def _bar(done: int, total: int, elapsed_s: float, width: int) -> str:

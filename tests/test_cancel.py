@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP at any moment, or a reader that goes away: all ends, nothing is left, the next run is good.
+"""Ctrl-C, SIGTERM and SIGHUP at any moment, a reader that goes away: all ends, nothing is left, the next run is good.
 
 The moments are random but the same in each run; COFFRET_TEST_ROUNDS=20 makes a campaign, COFFRET_TEST_SEED another one.
 """
