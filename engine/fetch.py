@@ -11,7 +11,7 @@ import anyio
 from anyio import to_thread
 from blake3 import blake3
 
-from coffret.connectors.errors import InvalidRange, NotFound
+from coffret.connectors.errors import ConnectorError, InvalidRange, NotFound
 from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.packfile import open_block, pack_name
 from coffret.engine.records import ID_BYTES, REF_BYTES
@@ -177,21 +177,24 @@ class Fetcher:
     async def read(self, part: Range) -> bytes:
         """The stored bytes of a range.
 
-        :raises ChunkMissing: if the pack is gone or cut short
+        :raises ChunkMissing: if they can't be had: the pack is gone, cut short or unreadable
         """
+        name = pack_name(part.pack)
         async with self._gets:
             try:
-                return await self.connector.get(pack_name(part.pack), offset=part.begin, length=part.end - part.begin)
-            except (NotFound, InvalidRange) as error:
-                raise ChunkMissing(f"pack {part.pack.hex()[:16]}: {error}", pack=part.pack) from None
+                return await self.connector.get(name, offset=part.begin, length=part.end - part.begin)
+            except ConnectorError as error:
+                raise ChunkMissing(unreadable(name, error), pack=part.pack) from None
 
-    async def read_into(self, part: Range, view: memoryview) -> None:
-        """Fetch a range into memory; one that is not there is filled with zeros, which open as nothing."""
+    async def read_into(self, part: Range, view: memoryview) -> str:
+        """Fetch a range into memory; return why that can't be done, or ""."""
+        name = pack_name(part.pack)
         async with self._gets:
             try:
-                await self.connector.get_into(pack_name(part.pack), part.begin, view)
-            except (NotFound, InvalidRange):
-                view[:] = bytes(len(view))
+                await self.connector.get_into(name, part.begin, view)
+            except ConnectorError as error:
+                return unreadable(name, error)
+        return ""
 
     def _open(self, part: Range, data: bytes) -> list[tuple[Location, bytes | memoryview]]:
         return [(block, self.open_one(block, data, part.begin)) for block in part.blocks]
@@ -206,7 +209,7 @@ class Fetcher:
         try:
             return open_block(self.cipher(block.header), stored, block.offset, block.raw_bytes, block.codec)
         except Damaged as error:
-            message = f"pack {block.pack.hex()[:16]} at {block.offset}: {error}"
+            message = f"{pack_name(block.pack)} at {block.offset}: {error}"
             raise ChunkMissing(message, pack=block.pack) from None
 
     def _keep(self, key: BlockKey, block: bytes | memoryview) -> None:
@@ -219,12 +222,22 @@ class Fetcher:
             self._cached_bytes -= len(old)
 
 
-async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryview) -> list[tuple[object, ...]]:
+def unreadable(name: str, error: ConnectorError) -> str:
+    """What to say of an object that can't be had, whatever the reason: it costs what is in it, and no more."""
+    if isinstance(error, NotFound):
+        return f"{name} is missing"
+    if isinstance(error, InvalidRange):
+        return f"{name} is cut short: {error}"
+    return f"{name} can't be read: {error}"
+
+
+async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryview) -> list[tuple[object, ...] | str]:
     """Fetch the stored bytes of blocks into a slab; return each as `openworker` takes it, in the order given.
 
-    Ranges that can't be fetched are left as they are: the worker finds that they do not open.
+    In the place of one that can't be had stands the reason.
     """
     places: dict[BlockKey, int] = {}
+    reasons: dict[BlockKey, str] = {}
     ranges: list[tuple[Range, int]] = []
     at = 0
     for part in coalesce(blocks, 0):
@@ -234,7 +247,13 @@ async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryv
         at += part.end - part.begin
 
     async def fetch(part: Range, begin: int) -> None:
-        await fetcher.read_into(part, view[begin : begin + part.end - part.begin])
+        reason = await fetcher.read_into(part, view[begin : begin + part.end - part.begin])
+        if reason and len(part.blocks) > 1:  # the others may be whole
+            for block in part.blocks:
+                alone = Range(part.pack, block.offset, block.offset + block.stored_bytes, [block])
+                await fetch(alone, begin + block.offset - part.begin)
+        elif reason:
+            reasons[part.pack, part.begin] = reason
 
     if len(ranges) == 1:
         await fetch(*ranges[0])
@@ -242,4 +261,8 @@ async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryv
         async with anyio.create_task_group() as group:
             for part, begin in ranges:
                 group.start_soon(fetch, part, begin)
-    return [(b.header, places[b.pack, b.offset], b.stored_bytes, b.offset, b.raw_bytes, b.codec) for b in blocks]
+    return [
+        reasons.get((b.pack, b.offset))
+        or (b.header, places[b.pack, b.offset], b.stored_bytes, b.offset, b.raw_bytes, b.codec)
+        for b in blocks
+    ]
