@@ -19,8 +19,11 @@ from coffret.connectors.errors import InvalidName, InvalidRange
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
+
+    from coffret.connectors.limit import Pace
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,6 +43,8 @@ class Capabilities:
     coalesce_gap_bytes: int = 256 << 10
     # False where the storage has no atomic put-if-absent: backups warn, maintenance asks for --exclusive.
     exclusive_puts: bool = True
+    # Whether `list` goes by ascending names, so that one that was cut off can be taken up.
+    ordered_lists: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,20 @@ class Connector(ABC):
     #: Names the storage for messages and for the local cache: a canonical URL without credentials.
     location: str
     capabilities: Capabilities = Capabilities()
+
+    @property
+    def places(self) -> Sequence[Path]:
+        """Local folders and files that this storage consists of, for backups to leave out."""
+        return ()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What this storage can't promise or what went on there, for the user to know; it may grow."""
+        return ()
+
+    def set_pace(self, pace: Pace) -> bool:
+        """Whether this connector will ask `pace` before each piece that it moves; else whole objects are paid for."""
+        return False
 
     async def create(self) -> None:  # noqa: B027 - there is nothing to do where storage needs no making
         """Make the storage ready for a new repository (a folder, a table …); it may exist already, empty.

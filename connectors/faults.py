@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from coffret.connectors.base import Connector
+from coffret.connectors.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 
-    from coffret.connectors.base import Buffer, ObjectInfo
+    from coffret.connectors.base import Buffer, Connector, ObjectInfo
 
     Hook = Callable[[str, str], Awaitable[None]]
 
 
-class FaultyConnector(Connector):
+class FaultyConnector(Wrapper):
     """Passes each call on to `inner`, with the faults asked for.
 
     `latency_s`: each call first waits for a random time of this mean, drawn from `seed`. `fail_before`, `fail_after`:
@@ -42,7 +42,7 @@ class FaultyConnector(Connector):
         before: Hook | None = None,
         after: Hook | None = None,
     ) -> None:
-        self.inner, self.location, self.capabilities = inner, inner.location, inner.capabilities
+        super().__init__(inner)
         self.calls: list[tuple[str, str]] = []
         self.latency_s = latency_s
         self.fail_before, self.fail_after = fail_before or {}, fail_after or {}
@@ -87,9 +87,6 @@ class FaultyConnector(Connector):
         number = await self._begin("delete", name)
         await self.inner.delete(name)
         await self._end(number)
-
-    async def close(self) -> None:
-        await self.inner.close()
 
     async def _begin(self, method: str, name: str) -> int:
         number = len(self.calls)

@@ -73,6 +73,10 @@ class LocalConnector(Connector):
         self._root_fd = -1
         self._swept = False
 
+    @property
+    def places(self) -> Sequence[Path]:
+        return [self.path]
+
     async def create(self) -> None:
         await self._threads.run(self._create)
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 # imported when its scheme is used: storage clients take 80 to 280 ms.
 SCHEMES = {
     "file": ("coffret.connectors.local", "/path or file:///path"),
+    "s3": ("coffret.connectors.s3", "s3://host[:port]/bucket[/prefix]"),
+    "s3+http": ("coffret.connectors.s3", ""),
+    "sftp": ("coffret.connectors.sftp", "sftp://[user@]host[:port]/path"),
+    "sqlite": ("coffret.connectors.sqlite", "sqlite:///path/file.db"),
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.connectors import sshd
+from tests.connectors.s3_server import shared_server
 
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
+from coffret.connectors.sqlite import SQLiteConnector
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
@@ -21,6 +27,9 @@ _SHM = Path("/dev/shm")
 
 class Store(ABC):
     """One storage under test. Raw calls neither check nor wait for the disk; `raw_set` replaces atomically."""
+
+    #: The storage's times differ after this long.
+    tick_s = 0.03
 
     @abstractmethod
     def connector(self) -> Connector:
@@ -106,5 +115,83 @@ class TmpfsStore(LocalStore):
         shutil.rmtree(self.path.parent)
 
 
+class SQLiteStore(Store):
+    """The SQLite connector, by a connection of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "repository.db"
+
+    def connector(self) -> Connector:
+        return SQLiteConnector(self.path)
+
+    def raw_set(self, name: str, data: bytes) -> None:
+        self._execute("delete from objects where name = ?", name)
+        self._execute("insert into objects values (null, ?, ?, 0.0, ?)", name, len(data), data)
+
+    def raw_get(self, name: str) -> bytes | None:
+        found = self._execute("select body from objects where name = ?", name)
+        return bytes(found[0][0]) if found else None
+
+    def raw_delete(self, name: str) -> None:
+        self._execute("delete from objects where name = ?", name)
+
+    def raw_names(self) -> set[str]:
+        return {name for (name,) in self._execute("select name from objects")}
+
+    def _execute(self, statement: str, *values: str | bytes | int) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            return connection.execute(statement, values).fetchall()
+
+
+class S3Store(LocalStore):
+    """The S3 connector, by the folder in which the server keeps its objects as files."""
+
+    tick_s = 1.01
+    tls = False
+
+    def __init__(self, folder: Path) -> None:
+        self._server = shared_server(tls=self.tls)
+        self._bucket = f"test-{os.urandom(8).hex()}"
+        self.path = self._server.buckets / self._bucket / "some" / "prefix"
+
+    def connector(self) -> Connector:
+        return self._server.connector(f"{self._bucket}/some/prefix")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path.parents[1], ignore_errors=True)
+
+
+class S3TLSStore(S3Store):
+    """The same over TLS, where bodies are not signed."""
+
+    tls = True
+
+
+class SFTPStore(LocalStore):
+    """The SFTP connector, by the folder on the same host."""
+
+    tick_s = 1.01
+    chroot = False
+
+    def __init__(self, folder: Path) -> None:
+        self._server = sshd.shared_server(chroot=self.chroot)
+        self._environment = sshd.Environment(self._server.home)
+        super().__init__(self._server.root / "data" / os.urandom(8).hex() if self.chroot else folder)
+
+    def connector(self) -> Connector:
+        return self._server.connector(self.path)
+
+    def remove(self) -> None:
+        self._environment.restore()
+        if self.chroot:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+class SFTPChrootStore(SFTPStore):
+    """The same for a user who is confined to SFTP in one folder."""
+
+    chroot = True
+
+
 # A new connector joins the suite here.
-STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore]
+STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore]

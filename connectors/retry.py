@@ -1,0 +1,145 @@
+"""A connector that tries again what failed for a reason that may pass.
+
+All calls of the contract can be repeated: what is put has one content for ever, and what is deleted stays deleted. Only
+a put-if-absent whose answer was lost needs a look: if the name is taken now, by these very bytes, it was this put.
+
+Waits grow from 0.2 s by a factor of 2 to 15 s, each drawn at random below that ("full jitter", M. Brooker, "Exponential
+Backoff And Jitter", 2015): those who failed together do not come back together.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+
+from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, TransientError
+from coffret.connectors.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+
+T = TypeVar("T")
+FIRST_WAIT_S, MAX_WAIT_S = 0.2, 15.0
+# A server that is restarted is back in two minutes, or somebody has to look after it.
+GIVE_UP_S = 120.0
+# How much of a large object is compared at a time.
+_COMPARE_BYTES = 8 << 20
+
+
+class RetryConnector(Wrapper):
+    """Repeats calls that raise TransientError until `give_up_s` after the first failure; `on_retry` is told of each.
+
+    What is raised in the end is the last error.
+    """
+
+    def __init__(
+        self,
+        inner: Connector,
+        *,
+        give_up_s: float = GIVE_UP_S,
+        first_wait_s: float = FIRST_WAIT_S,
+        on_retry: Callable[[str, ConnectorError], None] | None = None,
+    ) -> None:
+        super().__init__(inner)
+        self._give_up_s, self._first_wait_s, self._on_retry = give_up_s, first_wait_s, on_retry
+
+    async def create(self) -> None:
+        await self._repeat("create", lambda _: self.inner.create())
+
+    async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
+        async def attempt(number: int) -> None:
+            try:
+                await self.inner.put(name, body, if_absent=if_absent)
+            except AlreadyExists:
+                if number == 0 or not await self._is_there(name, body):
+                    raise
+
+        await self._repeat(f"put {name}", attempt)
+
+    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        async def attempt(_: int) -> bytes:
+            data = await self.inner.get(name, offset=offset, length=length)
+            if length is not None and len(data) != length:
+                raise TransientError(f"{name}: {len(data)} of {length} bytes came")
+            return data
+
+        return await self._repeat(f"get {name}", attempt)
+
+    async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        await self._repeat(f"get {name}", lambda _: self.inner.get_into(name, offset, buffer))
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        backoff, last = _Backoff(self, f"list {prefix}"), ""
+        ordered, begun = self.inner.capabilities.ordered_lists, False
+        while True:
+            try:
+                async for info in self.inner.list(prefix):
+                    if info.name > last or not ordered:
+                        begun, last = True, info.name
+                        yield info
+                return
+            except TransientError as error:
+                if begun and not ordered:  # nobody can tell what is still to come
+                    raise
+                await backoff.wait(error)
+
+    async def stat(self, name: str) -> ObjectInfo:
+        return await self._repeat(f"stat {name}", lambda _: self.inner.stat(name))
+
+    async def delete(self, name: str) -> None:
+        await self._repeat(f"delete {name}", lambda _: self.inner.delete(name))
+
+    async def _repeat(self, what: str, call: Callable[[int], Awaitable[T]]) -> T:
+        backoff = _Backoff(self, what)
+        while True:
+            try:
+                return await call(backoff.failures)
+            except TransientError as error:
+                await backoff.wait(error)
+
+    async def _is_there(self, name: str, body: Sequence[Buffer]) -> bool:
+        """Whether the object is the one that was being put, byte for byte."""
+        try:
+            size_bytes = (await self.inner.stat(name)).size_bytes
+            if size_bytes != sum(map(len, body)):
+                return False
+            offset = 0
+            for part in body:
+                for at in range(0, len(part), _COMPARE_BYTES):
+                    piece = memoryview(part)[at : at + _COMPARE_BYTES]
+                    if await self.inner.get(name, offset=offset, length=len(piece)) != piece:
+                        return False
+                    offset += len(piece)
+        except NotFound:
+            return False
+        return True
+
+
+class _Backoff:
+    """The failures of one call so far, and how long to wait after the next."""
+
+    def __init__(self, connector: RetryConnector, what: str) -> None:
+        self._connector, self._what = connector, what
+        self._deadline = 0.0
+        self.failures = 0
+
+    async def wait(self, error: TransientError) -> None:
+        """Wait before the next try.
+
+        :raises TransientError: `error`, if it is time to give up
+        """
+        now = anyio.current_time()
+        if not self.failures:
+            self._deadline = now + self._connector._give_up_s
+        longest = min(self._connector._first_wait_s * 2**self.failures, MAX_WAIT_S)
+        delay_s = random.uniform(longest / 2, longest)
+        self.failures += 1
+        if now + delay_s > self._deadline:
+            raise error
+        if self._connector._on_retry is not None:
+            self._connector._on_retry(self._what, error)
+        await anyio.sleep(delay_s)

@@ -1,0 +1,218 @@
+"""What an S3 server and its client libraries raise, put into the connectors' tree.
+
+Classes of botocore, aiohttp and ssl are known by name, so that nothing of them is imported before S3 is used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from coffret.connectors.errors import (
+    AlreadyExists,
+    ConnectionLost,
+    ConnectorError,
+    InvalidLocation,
+    InvalidRange,
+    NotFound,
+    NotStorage,
+    PermissionRefused,
+    StorageFull,
+    TransientError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class NoBucket(NotFound):
+    """There is no such bucket."""
+
+
+class NoUpload(TransientError):
+    """There is no such upload in parts: somebody cleaned up. All of it is to be put again."""
+
+
+FORM = "s3://host[:port]/bucket[/prefix]"
+_USER, _PASSWORD = "S3_REPOSITORY_USER", "S3_REPOSITORY_PASSWORD"
+_KEY_UNKNOWN = f"the server does not know the access key ({_USER}, else that of the AWS profile or environment)"
+_SESSION_OVER = "the session of these credentials is over: log in anew"
+
+# Codes in the body of an answer: AWS's list of them, and what MinIO, Ceph and versitygw add. A text is put before that
+# of the server.
+_CODES: dict[str, tuple[type[ConnectorError], str]] = {
+    **dict.fromkeys(("NoSuchKey", "NotFound"), (NotFound, "")),
+    "NoSuchBucket": (NoBucket, "there is no such bucket"),
+    "PreconditionFailed": (AlreadyExists, "exists already"),
+    "InvalidRange": (InvalidRange, ""),
+    **dict.fromkeys(
+        ("InsufficientStorage", "QuotaExceeded", "InsufficientCapacity", "XMinioStorageFull"), (StorageFull, "")
+    ),
+    "XMinioAdminBucketQuotaExceeded": (StorageFull, ""),
+    **dict.fromkeys(("InvalidAccessKeyId", "XAdminUserNotFound"), (PermissionRefused, _KEY_UNKNOWN)),
+    "SignatureDoesNotMatch": (
+        PermissionRefused,
+        f"the secret key is wrong ({_PASSWORD}, else that of the AWS profile or environment)",
+    ),
+    **dict.fromkeys(
+        ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"),
+        (PermissionRefused, "the clocks of this machine and of the server differ too much: set them"),
+    ),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), (PermissionRefused, _SESSION_OVER)),
+    **dict.fromkeys(("AccessDenied", "AllAccessDisabled"), (PermissionRefused, "the access key may not do this")),
+    **dict.fromkeys(
+        ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"),
+        (PermissionRefused, "the bucket is in another region: name it with -o region="),
+    ),
+    **dict.fromkeys(
+        (
+            *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "OperationAborted", "BadDigest"),
+            *("ConditionalRequestConflict", "XAmzContentSHA256Mismatch", "IncompleteBody", "Throttling", "Busy"),
+            *("ThrottlingException", "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests"),
+            *("SlowDownRead", "SlowDownWrite", "RequestThrottled", "XMinioServerNotInitialized"),
+        ),
+        (TransientError, ""),
+    ),
+    "NoSuchUpload": (NoUpload, ""),
+    "NotImplemented": (ConnectorError, "the server can't do what a repository needs (put-if-absent, for one)"),
+    "InvalidStorageClass": (InvalidLocation, "the server does not know this -o storage-class"),
+    "InvalidBucketName": (InvalidLocation, f"not the name of a bucket; the form is {FORM}"),
+    "BucketAlreadyOwnedByYou": (AlreadyExists, ""),
+    "BucketAlreadyExists": (NotStorage, "the bucket belongs to somebody else"),
+}
+_STATUSES: dict[int, type[ConnectorError]] = {
+    404: NotFound,
+    412: AlreadyExists,
+    416: InvalidRange,
+    507: StorageFull,
+    **dict.fromkeys((401, 403), PermissionRefused),
+    **dict.fromkeys((408, 425, 429, 500, 502, 503, 504), TransientError),
+}
+
+# By name of a class or of one it derives from, the nearest first.
+KINDS: dict[str, type[ConnectorError]] = {
+    # botocore
+    **dict.fromkeys(
+        ("ConnectionError", "ConnectionClosedError", "ReadTimeoutError", "ResponseStreamingError"), ConnectionLost
+    ),
+    **dict.fromkeys(("IncompleteReadError", "ChecksumError", "FlexibleChecksumError"), TransientError),
+    **dict.fromkeys(
+        (
+            *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "UnknownCredentialError"),
+            *("NoAuthTokenError", "TokenRetrievalError", "UnknownTokenProviderError", "SSOError", "LoginError"),
+            *("RefreshWithMFAUnsupportedError", "MetadataRetrievalError"),
+        ),
+        PermissionRefused,
+    ),
+    **dict.fromkeys(
+        (
+            *("ProfileNotFound", "ConfigParseError", "ConfigNotFound", "InvalidConfigError", "InvalidDNSNameError"),
+            *("InvalidIMDSEndpointError", "InvalidIMDSEndpointModeError", "UnknownRegionError", "InvalidRegionError"),
+            *("BaseEndpointResolverError", "EndpointProviderError", "InvalidEndpointConfigurationError"),
+            *("InvalidHostLabelError", "InvalidProxiesConfigError", "InvalidRetryConfigurationError"),
+            *("InvalidS3AddressingStyleError", "InvalidS3UsEast1RegionalEndpointConfigError", "InvalidDefaultsMode"),
+            *("InvalidSTSRegionalEndpointsConfigError", "InvalidEndpointDiscoveryConfigurationError"),
+            *("UnsupportedS3ConfigurationError", "UnsupportedS3ArnError", "InvalidChecksumConfigError"),
+            *("UnsupportedS3AccesspointConfigurationError", "ServiceNotInRegionError", "CapacityNotAvailableError"),
+        ),
+        InvalidLocation,
+    ),
+    **dict.fromkeys(("ResponseParserError", "UndefinedModelAttributeError"), NotStorage),
+    "BotoCoreError": ConnectorError,
+    # aiohttp
+    **dict.fromkeys(("ClientConnectionError", "ClientPayloadError", "UploadAbortedError"), ConnectionLost),
+    **dict.fromkeys(("InvalidURL", "NonHttpUrlClientError", "RedirectClientError"), InvalidLocation),
+    **dict.fromkeys(("ClientResponseError", "HttpProcessingError"), NotStorage),
+    "ClientHttpProxyError": TransientError,
+    "ServerFingerprintMismatch": PermissionRefused,
+    "ClientError": ConnectorError,
+    # Python
+    **dict.fromkeys(("OSError", "EOFError"), ConnectionLost),
+}
+
+
+def kind_of(error_class: type[BaseException]) -> type[ConnectorError] | None:
+    """What errors of a class become; None for what comes from no storage."""
+    return next((KINDS[base.__name__] for base in error_class.__mro__ if base.__name__ in KINDS), None)
+
+
+@contextmanager
+def mapped(where: str, *, reached: bool = True) -> Iterator[None]:
+    """Turn any error of a request into the ConnectorError that fits, naming what was asked for and the reason.
+
+    `reached`: the host answered before, so that its name is right even if nobody knows it for a while.
+    """
+    try:
+        yield
+    except ConnectorError:
+        raise
+    except Exception as error:
+        found = _translated(error, where, reached)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _translated(error: Exception, where: str, reached: bool) -> ConnectorError | None:
+    response: dict[str, Any] | None = getattr(error, "response", None)
+    if isinstance(response, dict) and "Error" in response:
+        return _answered(response, where)
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, ssl.SSLError) and type(cause).__module__ == "ssl":  # aiohttp's classes derive from it
+            return _untrusted(cause, where)
+        if isinstance(cause, socket.gaierror):
+            # A network that is down for a moment says EAI_AGAIN, and a host that was there is still there.
+            again = reached or cause.errno == socket.EAI_AGAIN
+            return (ConnectionLost if again else InvalidLocation)(
+                f"{where}: the host does not resolve ({cause.strerror}); the form is {FORM}"
+            )
+    found = kind_of(type(error))
+    if found is ConnectorError:
+        # The library wraps what it does not know itself: the cause says more.
+        found = next((kind for cause in chain if (kind := kind_of(type(cause))) not in (None, ConnectorError)), found)
+    return None if found is None else found(f"{where}: {_reason(chain)}")
+
+
+def _answered(response: dict[str, Any], where: str) -> ConnectorError:
+    """The error for an answer of the server that says no."""
+    error, status = response["Error"], response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, message = error.get("Code", ""), error.get("Message", "")
+    kind, text = _CODES.get(code, (_STATUSES.get(status, ConnectorError), ""))
+    details = f"{code}: {message}" if message and message != code else code
+    return kind(f"{where}: {text} ({details})" if text else f"{where}: {details}")
+
+
+def _untrusted(cause: ssl.SSLError, where: str) -> ConnectorError:
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return PermissionRefused(
+            f"{where}: the server's certificate is not trusted ({cause.verify_message}); if it is yours, name the PEM "
+            "file of the authority that signed it: -o ca=/path/ca.pem"
+        )
+    if cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"):
+        return InvalidLocation(f"{where}: the server does not speak TLS here; s3+http:// goes without")
+    return ConnectionLost(f"{where}: {cause}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it, as Python and as botocore keep it."""
+    todo, seen = [error], set()
+    while todo:
+        cause = todo.pop()
+        if id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            kept = getattr(cause, "kwargs", None)
+            inner = kept.get("error") if isinstance(kept, dict) else None
+            todo += [each for each in (cause.__context__, cause.__cause__, inner) if isinstance(each, BaseException)]
+
+
+def _reason(chain: list[BaseException]) -> str:
+    """What the operating system says, if it comes from there, else the library."""
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
+            return os.strerror(cause.errno)
+    return str(chain[0]) or type(chain[0]).__name__

@@ -1,0 +1,211 @@
+"""The SSH connections of a repository over SFTP: opened when needed, watched, shared, replaced when they break.
+
+Several connections, since one is held to the speed of one core of cryptography and to one window of 2 MiB a round trip.
+Calls that move much get one each, up to the limit; small ones share what is open, rather than wait for a login.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from coffret.connectors.errors import ConnectionLost, ConnectorError
+from coffret.connectors.sftperrors import Refusal, kind_of
+from coffret.connectors.sftplogin import Login, start_sftp
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    import asyncssh
+
+    from coffret.connectors.sftplogin import Address
+
+T = TypeVar("T")
+# A server that answers nothing at all for so long, with requests waiting, is given up (s). An fsync of a large object
+# on a slow disk, or a piece on a slow line that others share, may take a minute. A deadline for each request would end
+# slow lines; this one ends what stands still.
+SILENCE_S = 120.0
+# How long clearing up may take, also after a cancellation (s); what is left is cleared up later.
+_CLEAR_UP_S = 5.0
+# After a further connection was refused, the others do for so long (s).
+_NO_MORE_S = 60.0
+
+
+class Session:
+    """One SSH connection with its SFTP session."""
+
+    def __init__(self, sftp: asyncssh.SFTPClient, connection: asyncssh.SSHClientConnection, address: Address) -> None:
+        self.sftp, self._connection, self._address = sftp, connection, address
+        self._loop = asyncio.get_running_loop()
+        self.read_bytes, self.write_bytes = sftp.limits.max_read_len, sftp.limits.max_write_len
+        #: OpenSSH's server answers requests strictly one after the other, so that they need not wait for each other.
+        self.in_order = "OpenSSH" in str(connection.get_extra_info("server_version", ""))
+        #: Whether links are offered; asyncssh tells of it by refusing one.
+        self.links = bool(getattr(sftp._handler, "_supports_hardlink", True))
+        #: Calls of the connector at work here, and those of them that move much.
+        self.calls = self.large_calls = 0
+        self._lost = ""
+        self._waiting, self._heard_at = 0, 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer = self._loop.call_later(SILENCE_S / 4, self._watch)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it can't be used any more."""
+        return bool(self._lost) or self._connection.is_closed()
+
+    async def ask(self, request: Coroutine[Any, Any, T]) -> T:
+        """The answer to one request.
+
+        :raises Refusal: if it is an error
+        :raises ConnectionLost: if none came
+        """
+        import asyncssh
+        from asyncssh.packet import PacketDecodeError
+
+        if self.lost:
+            request.close()
+            raise self._lost_error()
+        if not self._waiting:
+            self._heard_at = self._loop.time()
+        self._waiting += 1
+        try:
+            answer = await request
+        except (asyncssh.Error, OSError, EOFError, PacketDecodeError) as error:
+            self._heard_at = self._loop.time()
+            kind = kind_of(error)
+            if kind is not ConnectionLost:
+                raise Refusal(kind, str(error) or type(error).__name__) from error
+            self.abandon(str(error) or type(error).__name__)
+            raise self._lost_error() from error
+        else:
+            self._heard_at = self._loop.time()
+            return answer
+        finally:
+            self._waiting -= 1
+
+    def abandon(self, reason: str) -> None:
+        """Use this connection no more; whoever waits for an answer gets ConnectionLost."""
+        self._timer.cancel()
+        if not self._lost:
+            self._lost = reason
+            self._connection.abort()
+
+    def later(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[None]:
+        """Do something that nobody needs the result of, and whose failure does no harm; a task to wait for it."""
+
+        async def do() -> None:
+            with suppress(Refusal, ConnectorError):
+                await work
+
+        task = self._loop.create_task(do())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def clear_up(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do something even if the caller has been cancelled, and wait for it, but not for long."""
+        task = self.later(work)
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait((task,), timeout=_CLEAR_UP_S)
+
+    async def close(self) -> None:
+        """End the connection, after what was left for later."""
+        with anyio.CancelScope(shield=True):
+            if self._tasks and not self.lost:
+                await asyncio.wait(self._tasks, timeout=_CLEAR_UP_S)
+            if not self.lost:
+                self.sftp.exit()
+                self._connection.close()
+            with anyio.move_on_after(_CLEAR_UP_S):
+                await self._connection.wait_closed()
+        self.abandon("closed")
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def _watch(self) -> None:
+        silent_s = self._loop.time() - self._heard_at
+        if self._waiting and silent_s > SILENCE_S:
+            self.abandon(f"no answer for {silent_s:.0f} s")
+        elif not self._connection.is_closed():
+            self._timer = self._loop.call_later(SILENCE_S / 4, self._watch)
+
+    def _lost_error(self) -> ConnectionLost:
+        return ConnectionLost(f"{self._address}: the connection is lost: {self._lost or 'closed by the server'}")
+
+
+class Connections:
+    """Up to `limit` sessions of one server."""
+
+    def __init__(self, login: Login, limit: int) -> None:
+        self.login, self.limit = login, limit
+        #: What the server did not allow.
+        self.note = ""
+        self._sessions: list[Session] = []
+        self._first = anyio.Lock()
+        self._opening = 0
+        self._failures, self._failure = 0, ConnectorError()
+        self._no_more_until = 0.0
+
+    async def session(self, large: bool) -> Session:
+        """A session to use; a call that moves much does not share one while there may be more.
+
+        :raises ConnectorError: as `Login.connect`
+        """
+        failures = self._failures
+        async with self._first:  # one login at a time, until one succeeds: a wrong password is given once
+            if not self._usable():
+                if failures != self._failures:  # the one before us failed while we waited
+                    raise type(self._failure)(str(self._failure)) from self._failure
+                try:
+                    return await self._open()
+                except ConnectorError as error:
+                    self._failures, self._failure = self._failures + 1, error
+                    raise
+        usable = self._usable()
+        if large and self._may_be_more(usable):
+            self._opening += 1
+            try:
+                return await self._open()
+            except ConnectorError as error:
+                self.note = f"{self.login.address}: no more than {len(usable)} connections: {error}"
+                self._no_more_until = anyio.current_time() + _NO_MORE_S
+                if not (usable := self._usable()):
+                    raise
+            finally:
+                self._opening -= 1
+        return min(usable, key=lambda session: (session.large_calls, session.calls))
+
+    async def close(self) -> None:
+        """Close all of them."""
+        sessions, self._sessions = self._sessions, []
+        for session in sessions:
+            await session.close()
+
+    def _usable(self) -> list[Session]:
+        for session in self._sessions:
+            if session.lost:
+                session.abandon("closed by the server")
+        self._sessions = [session for session in self._sessions if not session.lost]
+        return self._sessions
+
+    def _may_be_more(self, usable: list[Session]) -> bool:
+        return (
+            all(session.large_calls for session in usable)
+            and len(usable) + self._opening < self.limit
+            and anyio.current_time() > self._no_more_until
+        )
+
+    async def _open(self) -> Session:
+        connection = await self.login.connect()
+        try:
+            sftp = await start_sftp(connection, self.login.address)
+        except BaseException:
+            connection.abort()
+            raise
+        session = Session(sftp, connection, self.login.address)
+        self._sessions.append(session)
+        return session

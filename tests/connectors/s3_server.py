@@ -1,0 +1,187 @@
+"""A real S3 server for the tests: versitygw on a folder, over HTTP or TLS, that can be killed and started again."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from coffret.connectors.s3 import S3Connector
+from coffret.connectors.s3place import parse_location
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+CREDENTIALS = ("coffret-test", "a secret of the tests")
+_INSTALL = Path(__file__).parents[1] / "tools" / "install-versitygw"
+_START_S = 20.0
+
+
+@functools.cache
+def program() -> str:
+    """The path of the server, built if there is Go; the test is skipped without it, or fails in CI."""
+    folders = os.pathsep.join((os.environ.get("PATH", ""), str(Path("~/go/bin").expanduser())))
+    if found := shutil.which("versitygw", path=folders):
+        return found
+    built = subprocess.run([_INSTALL], capture_output=True, text=True, timeout=280)
+    if built.returncode == 0:
+        return built.stdout.strip()
+    return missing(f"no versitygw: {built.stderr.strip().splitlines()[-1]}")
+
+
+def missing(reason: str) -> str:
+    """Skip the test, or fail in CI, where everything has to be there."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class S3Server:
+    """One server on a free port of this host, with its objects as files below `folder`/buckets."""
+
+    def __init__(
+        self, folder: Path, *, tls: bool = False, region: str = "us-east-1", objects: Path | None = None
+    ) -> None:
+        self.folder, self.buckets = folder, objects or folder / "buckets"
+        for each in (self.folder, self.buckets):
+            each.mkdir(parents=True, exist_ok=True)
+        self.scheme, self._region = "s3" if tls else "s3+http", region
+        self.ca = folder / "ca.pem"
+        if tls and not self.ca.exists():
+            make_certificates(folder)
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, or start again, on the same port; returns when it answers."""
+        tls = ["--cert", str(self.folder / "server.pem"), "--key", str(self.folder / "server.key")]
+        command = [
+            program(), "--port", f"127.0.0.1:{self.port}", "--region", self._region, "--quiet", "--keep-alive",
+            *(tls if self.scheme == "s3" else ()), "posix", *self._sidecar(), str(self.buckets),
+        ]  # fmt: skip
+        environment = os.environ | dict(zip(("ROOT_ACCESS_KEY_ID", "ROOT_SECRET_ACCESS_KEY"), CREDENTIALS, strict=True))
+        log = self.folder / "log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        atexit.register(self.kill)
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            time.sleep(0.02)
+        pytest.fail(f"versitygw does not start: {log.read_text(errors='replace')[-1000:]}")
+
+    def kill(self) -> None:
+        """As a power cut."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        atexit.unregister(self.kill)
+
+    def pause(self, stopped: bool) -> None:
+        """Stop it in its tracks, with all connections open, or let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
+
+    def connector(
+        self,
+        bucket: str,
+        *,
+        port: int | None = None,
+        options: Mapping[str, str] | None = None,
+        credentials: tuple[str, str] | None = CREDENTIALS,
+        **others: Any,
+    ) -> S3Connector:
+        """A connector to a bucket (and prefix) here; `port` is that of a proxy."""
+        options = options if options is not None else {"ca": str(self.ca)} if self.scheme == "s3" else {}
+        place = parse_location(f"{self.scheme}://127.0.0.1:{port or self.port}/{bucket}", options)
+        return S3Connector(place, credentials=credentials, **others)
+
+    def _sidecar(self) -> tuple[str, ...]:
+        """Where the file system has no extended attributes, the server keeps its own notes elsewhere."""
+        try:
+            os.setxattr(self.buckets, "user.coffret-test", b"1")
+            os.removexattr(self.buckets, "user.coffret-test")
+        except OSError:
+            (self.folder / "notes").mkdir(exist_ok=True)
+            return ("--sidecar", str(self.folder / "notes"))
+        return ()
+
+
+@functools.cache
+def shared_server(*, tls: bool) -> S3Server:
+    """A server for all tests that don't kill it; each has a bucket of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="coffret-test-s3-"))
+    server = S3Server(folder, tls=tls)
+    # Handlers run the last one first: the server ends before its folder goes.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    server.start()
+    return server
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def make_certificates(folder: Path) -> None:
+    """A certificate authority (ca.pem) and what it signed for this host (server.pem, server.key)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    now = datetime.datetime.now(datetime.UTC)
+    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+
+    def builder(subject: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name(subject))
+            .issuer_name(name("Coffret tests"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        )
+
+    usage = x509.KeyUsage(
+        digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
+        data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    root = (
+        builder("Coffret tests", authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(authority, hashes.SHA256())
+    )
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")])
+    leaf = builder("127.0.0.1", own).add_extension(names, critical=False).sign(authority, hashes.SHA256())
+    (folder / "ca.pem").write_bytes(root.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.pem").write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.key").write_bytes(
+        own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
