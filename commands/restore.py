@@ -29,8 +29,8 @@ PARTLY = 3
 @click.option(
     "--overwrite",
     type=click.Choice(["always", "if-changed", "never"]),
-    help="What to do with files that exist: replace all, or those of another size or time, or none. Default: none may"
-    " exist, the directory must be empty.",
+    help="What becomes of files that exist: always replaces them, if-changed those of another size or time, never none"
+    " of them. Without it the directory must be empty.",
 )
 @click.option("--no-owner", is_flag=True, help="Do not restore owners.")
 @click.option("--sparse", is_flag=True, help="Keep the holes of sparse files.")

@@ -112,7 +112,9 @@ class StreamReader:
                 start_new_session=True,
             )
         except (OSError, ValueError, IndexError) as error:
-            raise SourceError(f"{command}: {error}", remedy="check --stdin-command") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is no command line"
+            remedy = "check --stdin-command; there is no shell, but it may be one: sh -c '...'"
+            raise SourceError(f"{command}: {reason}", remedy=remedy) from None
         assert self._process.stdout is not None
         self._fd = self._process.stdout.fileno()
 

@@ -237,7 +237,7 @@ class TestLine:
             assert "..." not in text.replace("]...", "").replace("'...'", "").replace("[ARGS]...", "")
         assert "never the last one." in " ".join(program("passphrase", "--help").stdout.split())
         assert "without a shell" in " ".join(program("backup", "--help").stdout.split())
-        assert "the directory must be empty" in " ".join(program("restore", "--help").stdout.split())
+        assert "Without it the directory must be empty" in " ".join(program("restore", "--help").stdout.split())
 
     def test_nothing(self, program: Program) -> None:
         outcome = program(code=2)
@@ -394,6 +394,9 @@ class TestExitCodes:
     def test_failed(self, program: Program) -> None:
         program("backup", "/no/such/path", code=1)
         program("ls", "nosuch", code=1)
+        for command, says in (("/no/such", "No such file or directory"), ("echo '", "it is no command line")):
+            told = program("backup", "--stdin-name", "x", "--stdin-command", command, code=1).stderr
+            assert told.startswith(f"coffret: {command}: {says} (check --stdin-command; there is no shell")
 
     def test_partly(self, program: Program) -> None:
         outcome = program("backup", program.home / "source", "/no/such/path", code=3)
