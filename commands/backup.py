@@ -90,7 +90,6 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
 
     limits = Limits()
     workers = session.globals.workers or limits.workers
-    uploads = session.globals.connections or limits.uploads
     return BackupOptions(
         tags=[_text("--tag", tag) for tag in given["tag"]],
         host=_text("--host", given["host"]),
@@ -101,7 +100,7 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
         ignore_ctime=given["ignore_ctime"],
         level=COMPRESSION_LEVELS[given["compression"]],
         dry_run=given["dry_run"],
-        limits=Limits(workers=workers, uploads=uploads),
+        limits=Limits(workers=workers),
     )
 
 

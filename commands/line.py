@@ -38,6 +38,8 @@ FLAGS = {
 }
 VALUES = {
     "--connections": "connections",
+    "--limit-upload": "limit_upload",
+    "--limit-download": "limit_download",
     "--workers": "workers",
     "--cache-dir": "cache_dir",
     "--expect-id": "expect_id",
@@ -57,6 +59,8 @@ Global options, anywhere on the line:
   -v, --verbose         a line for each path
   --json                one JSON object a line on standard output (docs/json.md)
   --connections N       transfers at a time
+  --limit-upload RATE   at most so many bytes a second over all connections: 500K, 10M
+  --limit-download RATE the same for what is read
   --workers N           processes that read, cut and hash (default 4), or open and write (default 3)
   --cache-dir DIR       where to keep the local cache
   --no-cache            keep no local cache
@@ -90,6 +94,8 @@ class Globals:
     json: bool = False
     no_cache: bool = False
     connections: int | None = None
+    limit_upload: str | None = None
+    limit_download: str | None = None
     workers: int | None = None
     cache_dir: str | None = None
     expect_id: str | None = None

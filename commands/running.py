@@ -9,21 +9,25 @@ import signal
 import sys
 import traceback
 from contextlib import asynccontextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 import click
 
+from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
 from coffret.engine.errors import CoffretError, Damaged, OutOfSpace, UsageError, WrongPassphrase, reported
 from coffret.engine.passphrase import passphrase_from_environment, passphrase_is_set, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from coffret.commands.line import Globals
+    from coffret.connectors.errors import ConnectorError
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
@@ -57,18 +61,26 @@ class Session:
             raise UsageError("COFFRET_REPOSITORY is empty", remedy="give it a repository, or unset it")
         return location
 
-    @property
+    @cached_property
     def options(self) -> OpenOptions:
         """What the engine is told of this machine and the storage."""
         found = self.globals
         return OpenOptions(
             connector=found.options,
-            connections=found.connections,
+            transfers=Transfers(
+                connections=found.connections,
+                upload=_rate(found.limit_upload),
+                download=_rate(found.limit_download),
+                on_retry=self._retrying,
+            ),
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
             encrypted_only=passphrase_is_set(os.environ),
         )
+
+    def _retrying(self, what: str, error: ConnectorError) -> None:
+        self.display.note(f"{what} is tried again: {error}")
 
     @asynccontextmanager
     async def repository(self, *, writing: bool = False) -> AsyncIterator[Repository]:
@@ -77,6 +89,7 @@ class Session:
             self.location, passphrase=self.passphrase, options=self.options, writing=writing
         ) as opened:
             self._check_passphrase = ""  # it is right
+            self.display.storage_calls = self.options.calls[opened.connector.location]
             self.display.begin()
             try:
                 yield opened
@@ -273,3 +286,16 @@ def split_target(text: str) -> tuple[str, bytes | None]:
 def common_path(roots: Sequence[bytes]) -> bytes:
     """The path a snapshot's roots are shown under."""
     return roots[0] if len(roots) == 1 else os.path.commonpath(roots)
+
+
+def _rate(text: str | None) -> float | None:
+    """Bytes a second, of a `--limit-…`; None for no limit.
+
+    :raises UsageError: if it is no size, or so low that nothing would ever end
+    """
+    if text is None:
+        return None
+    rate = parse_size(text)
+    if rate < 1024:
+        raise UsageError(f"{text} bytes a second are too few", remedy="give a rate such as 500K or 10M")
+    return float(rate)

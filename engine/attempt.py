@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
     from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.storecache import StoreCache
 
 _AT_ONCE = 8
 
@@ -52,9 +53,11 @@ class Attempt:
     (with the reason): what only they locate is absent. `mirror` is the attempt's own view.
     """
 
-    def __init__(self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str) -> None:
+    def __init__(
+        self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str, kept: StoreCache | None = None
+    ) -> None:
         self.id = os.urandom(ATTEMPT_BYTES)
-        self._connector, self._sealer, self._what = connector, sealer, what
+        self._connector, self._sealer, self._what, self._kept = connector, sealer, what, kept
         self.mirror = mirror.view()
         self.mirror.relist = self._relist
         self.marked: frozenset[bytes] = frozenset()
@@ -78,7 +81,7 @@ class Attempt:
         """
         self.marked = await open_marks(self._connector, self._sealer)
         listed = await list_index(self._connector)
-        self.commits = await load_commits(self._connector, self._sealer)
+        self.commits = await load_commits(self._connector, self._sealer, self._kept)
         await self._follow(listed, audit=audit)
 
     async def _relist(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.packfile import open_block, pack_name
 from coffret.engine.records import ID_BYTES, REF_BYTES
 from coffret.engine.sealing import PACK
+from coffret.engine.storecache import block_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector
     from coffret.engine.mirror import Location, Mirror
     from coffret.engine.sealing import BlockCipher, Sealer
+    from coffret.engine.storecache import StoreCache
 
 # One range is at most this long (bytes): it is held twice, sealed and open.
 MAX_RANGE_BYTES = 8 << 20
@@ -61,12 +64,22 @@ def coalesce(blocks: Sequence[Location], gap_bytes: int) -> list[Range]:
 
 
 class Fetcher:
-    """Reads chunks of one repository. `cache_bytes` of opened blocks are kept, since neighbours are wanted together."""
+    """Reads chunks of one repository. `cache_bytes` of opened blocks are kept, since neighbours are wanted together.
+
+    `kept`: what is kept of stored blocks on this machine; all that is loaded here is (`fetch_into` does not load).
+    """
 
     def __init__(
-        self, connector: Connector, sealer: Sealer, mirror: Mirror, *, id_key: bytes, cache_bytes: int = 8 << 20
+        self,
+        connector: Connector,
+        sealer: Sealer,
+        mirror: Mirror,
+        *,
+        id_key: bytes,
+        cache_bytes: int = 8 << 20,
+        kept: StoreCache | None = None,
     ) -> None:
-        self.connector, self.mirror, self.id_key = connector, mirror, id_key
+        self.connector, self.mirror, self.id_key, self._kept = connector, mirror, id_key, kept
         self._sealer = sealer
         self._cache: OrderedDict[BlockKey, bytes | memoryview] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -153,15 +166,26 @@ class Fetcher:
             else:
                 missing.append(location)
 
+        if self._kept is not None and missing:
+            opened |= await self._open_kept(self._kept, missing)
+        lacking = [location for location in missing if (location.pack, location.offset) not in opened]
+
         async def fetch(part: Range) -> None:
             try:
                 data = await self.read(part)
+                if self._kept is not None:
+                    await self._kept.keep(
+                        {
+                            block_key(b.pack, b.offset): data[b.offset - part.begin :][: b.stored_bytes]
+                            for b in part.blocks
+                        }
+                    )
                 for location, block in await to_thread.run_sync(self._open, part, data):
                     opened[location.pack, location.offset] = block
             except ChunkMissing as error:
                 failed.append(error)
 
-        ranges = coalesce(missing, self.connector.capabilities.coalesce_gap_bytes)
+        ranges = coalesce(lacking, self.connector.capabilities.coalesce_gap_bytes)
         if len(ranges) == 1:
             await fetch(ranges[0])
         elif ranges:
@@ -173,6 +197,20 @@ class Fetcher:
         for location in missing:
             self._keep((location.pack, location.offset), opened[location.pack, location.offset])
         return opened
+
+    async def _open_kept(self, kept: StoreCache, wanted: Sequence[Location]) -> dict[BlockKey, bytes | memoryview]:
+        """Of the blocks that are wanted those that are kept locally, as far as they open."""
+        found = await kept.get([block_key(location.pack, location.offset) for location in wanted])
+
+        def open_them() -> dict[BlockKey, bytes | memoryview]:
+            opened: dict[BlockKey, bytes | memoryview] = {}
+            for block in wanted:
+                if (data := found.get(block_key(block.pack, block.offset))) is not None:
+                    with suppress(ChunkMissing):
+                        opened[block.pack, block.offset] = self.open_one(block, data, block.offset)
+            return opened
+
+        return await to_thread.run_sync(open_them) if found else {}
 
     async def read(self, part: Range) -> bytes:
         """The stored bytes of a range.

@@ -104,6 +104,7 @@ class Packer:
                 self._spare -= 1
                 buffer = mmap.mmap(-1, self._pack_bytes)
             builder = PackBuilder(memoryview(buffer), self._sealer, self._attempt)
+            builder.meta = meta
             self._buffers[id(builder)] = buffer
             self._current[meta] = builder
 

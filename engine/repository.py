@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import anyio
 from anyio import to_thread
 
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
-from coffret.connectors.registry import open_connector
+from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
 from coffret.engine.keyring import put_slot, read_keyring
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coffret.connectors.base import Connector
+    from coffret.connectors.trace import Calls
+    from coffret.engine.fetch import Fetcher
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from coffret.engine.records import Config, Entry, SourceFault
     from coffret.engine.sealing import Secrets
     from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.storecache import StoreCache
     from coffret.engine.stream import StreamSource
 
 CONFIG = "config"
@@ -45,18 +48,20 @@ CONFIG = "config"
 class OpenOptions:
     """How to reach a repository, and where this machine keeps what it knows of it.
 
-    `connector`: options of the storage; `connections`: how many objects are read at a time, None for what suits it.
-    `cache_dir` and `state_dir` default to the user's folders. `expect_id`: accept this repository, and no other.
-    `encrypted_only`: refuse one without encryption, since a passphrase was given.
+    `connector`: options of the storage; `transfers`: how it is used. `cache_dir` and `state_dir` default to the user's
+    folders. `expect_id`: accept this repository, and no other. `encrypted_only`: refuse one without encryption, since a
+    passphrase was given.
     """
 
     connector: Mapping[str, str] = field(default_factory=dict)
-    connections: int | None = None
+    transfers: Transfers = field(default_factory=Transfers)
     cache_dir: Path | None = None
     state_dir: Path | None = None
     use_cache: bool = True
     expect_id: str | None = None
     encrypted_only: bool = False
+    #: What was asked of each storage that was opened with these options, by location and method.
+    calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
 
 
 class Repository:
@@ -72,6 +77,7 @@ class Repository:
         slot_id: str,
         options: OpenOptions,
         notes: list[str],
+        kept: StoreCache | None = None,
         writing: bool = False,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
@@ -84,6 +90,8 @@ class Repository:
         self.notes = notes
         self.id_bytes = bytes.fromhex(self.config.repository_id)
         self.sealer = Sealer(secrets, self.id_bytes)
+        #: What is kept locally of a storage elsewhere, if anything is.
+        self.kept = kept
         self._commits: Commits | None = None
 
     async def commits(self) -> Commits:
@@ -92,7 +100,7 @@ class Repository:
             from coffret.engine.snapshot import load_commits
 
             # Before the index: of a snapshot that is listed all index objects are there.
-            commits = await load_commits(self.connector, self.sealer)
+            commits = await load_commits(self.connector, self.sealer, self.kept)
             damaged = await self._follow(commits)
             self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
@@ -178,6 +186,13 @@ class Repository:
 
         return await check.check(self, targets, options or check.CheckOptions(), progress or Progress())
 
+    def fetcher(self, mirror: Mirror | None = None) -> Fetcher:
+        """What reads chunks back, by the readers' view of the index or another; with what is kept locally."""
+        from coffret.engine.fetch import Fetcher
+
+        view = self.mirror if mirror is None else mirror
+        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept)
+
     async def entries(
         self, snapshot: Snapshot, path: bytes, *, recursive: bool
     ) -> AsyncIterator[tuple[bytes, list[Entry]]]:
@@ -188,10 +203,9 @@ class Repository:
         import stat
 
         from coffret.engine.catalog_reader import Catalog
-        from coffret.engine.fetch import Fetcher
 
         await self.commits()
-        fetcher = Fetcher(self.connector, self.sealer, self.mirror, id_key=self.secrets.id_key)
+        fetcher = self.fetcher()
         catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
         entry = await catalog.find(path)
         if entry is None:
@@ -222,8 +236,7 @@ class Repository:
                 places += folder.glob(pattern)
             else:
                 places.append(folder)
-        if self.connector.location.startswith("file://"):
-            places.append(self.connector.path)  # type: ignore[attr-defined]
+        places += self.connector.places
         found = set()
         for place in places:
             try:
@@ -244,7 +257,7 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
     secrets = keys.new_secrets(encrypted=passphrase is not None)
     config = configuration.new_config(secrets)
     data = configuration.config_bytes(config)
-    async with open_connector(url, options.connector) as connector:
+    async with bare_storage(url, options) as connector:
         try:
             await connector.create()
         except NotStorage as error:
@@ -331,20 +344,35 @@ async def open_repository(
         _check_encryption(config, url, options)
         slot_id, secrets = await _unlock(connector, config, digest, passphrase)
         note = _check_pins(connector, data, options, writing=writing)
-        folder, cache = None, _cache_folder(options)
+        folder, cache, kept = None, _cache_folder(options), None
         if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
             folder = mirror_folder(cache, config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
+        if folder is not None and not mirror.why_private and not connector.places:
+            from coffret.engine.storecache import StoreCache
+
+            kept = StoreCache(folder / "stored.db")
         try:
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
             yield Repository(
-                connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes, writing=writing
+                connector,
+                data,
+                secrets,
+                mirror,
+                slot_id=slot_id,
+                options=options,
+                notes=notes,
+                kept=kept,
+                writing=writing,
             )
+            notes += connector.notes
         finally:
             with anyio.CancelScope(shield=True):
                 await mirror.close()
+                if kept is not None:
+                    await kept.close()
 
 
 def _check_pins(
@@ -384,9 +412,9 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
     """The storage at a location, whatever is there: for putting back what a repository lost."""
     options = options or OpenOptions()
-    async with open_connector(url, options.connector) as connector:
-        if options.connections is not None:
-            connector.capabilities = replace(connector.capabilities, parallel_gets=options.connections)
+    connector, calls = connect(url, options.connector, options.transfers)
+    async with connector:
+        options.calls[connector.location] = calls
         yield connector
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.records import SourceFault
     from coffret.engine.sealing import Sealer
+    from coffret.engine.storecache import StoreCache
 
 SHORT_ID_DIGITS = 8
 # Headers are fetched this many at a time.
@@ -105,18 +106,23 @@ def open_end(sealer: Sealer, name: str, data: bytes) -> End:
         raise Damaged(f"{name}: {error}") from None
 
 
-async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
-    """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown."""
+async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | None = None) -> Commits:
+    """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown.
+
+    What is `kept` locally is not read again: an object's name never gets another content.
+    """
     listed = [info async for info in connector.list("snapshots/")]
     removed = {info.name[len("removed/") :] async for info in connector.list("removed/")}
     found: dict[bytes, Snapshot] = {}
     revoked: set[str] = set()
     damaged: list[tuple[str, str]] = []
+    known: dict[str, bytes] = {}
 
-    async def load(info: ObjectInfo) -> None:
+    async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
         name = info.name
         try:
-            data = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
+            if (data := known.get(name)) is None or len(data) != info.size_bytes:
+                data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
             if sealing.kind_of(data) == sealing.END:
                 if open_end(sealer, name, data).outcome == "revoked":
                     revoked.add(name.partition("/")[2])
@@ -134,9 +140,13 @@ async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
                 found[snapshot.header.snapshot_id] = replace(snapshot, header=light)
 
     for batch in batches(listed, _AT_ONCE):
+        known = await kept.get([info.name for info in batch]) if kept is not None else {}
+        fetched: dict[str, bytes] = {}
         async with anyio.create_task_group() as group:
             for info in batch:
-                group.start_soon(load, info)
+                group.start_soon(load, info, fetched)
+        if kept is not None:
+            await kept.keep(fetched)
     snapshots = sorted(found.values(), key=lambda snapshot: (snapshot.header.time_ns, snapshot.id))
     bad = {name for name, _ in damaged}
     committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)

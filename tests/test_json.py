@@ -88,7 +88,11 @@ def validate_all(outcome: Outcome, item: str = "", summary: str = "") -> list[di
             case "item":
                 validate(message, item, common=kind)
             case "summary":
-                validate(message, summary, common={**kind, "schema_version": "integer", "command": "string"})
+                validate(
+                    message,
+                    summary,
+                    common={**kind, "schema_version": "integer", "command": "string", "storage?": "object"},
+                )
                 assert message["schema_version"] == SCHEMA_VERSION
                 assert message is messages[-1]
             case other:

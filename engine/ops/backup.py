@@ -20,7 +20,6 @@ from coffret.engine.bridge import LoadBridge
 from coffret.engine.catalog import Cutter
 from coffret.engine.catalog_reader import ParentCursor
 from coffret.engine.errors import ChunkMissing, CoffretError, Damaged, LeaseLost, reported
-from coffret.engine.fetch import Fetcher
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
 from coffret.engine.pipeline import Limits, Pipeline
@@ -174,7 +173,9 @@ class _Backup:
         else:
             self._roots = Roots(source, self._faults)
             self._paths = self._roots.paths
-        self.attempt = Attempt(repository.connector, repository.sealer, repository.mirror, what="backup")
+        self.attempt = Attempt(
+            repository.connector, repository.sealer, repository.mirror, what="backup", kept=repository.kept
+        )
 
     def tell(self) -> None:
         """Tell what was found when the attempt began."""
@@ -216,7 +217,8 @@ class _Backup:
             known=known,
             index=index,
             level=options.level,
-            limits=options.limits,
+            limits=options.limits.suited(connector.capabilities),
+            kept=None if options.dry_run else repository.kept,
             progress=self._progress,
             counts=self._counts,
             fault=self._faults,
@@ -270,7 +272,7 @@ class _Backup:
         if self.parent is None:
             return None
         repository, header, mirror = self._repository, self.parent.header, self.attempt.mirror
-        fetcher = Fetcher(repository.connector, repository.sealer, mirror, id_key=repository.secrets.id_key)
+        fetcher = repository.fetcher(mirror)
         self._pipeline.bridge = bridge = LoadBridge(fetcher.load)
         recheck = None
         doubts = self.attempt.marked or self._bad_packs or self.attempt.damaged

@@ -13,7 +13,6 @@ from anyio import to_thread
 
 from coffret.engine.catalog_reader import Catalog, clean_path, no_such_path
 from coffret.engine.errors import CoffretError, Damaged, TargetError
-from coffret.engine.fetch import Fetcher
 from coffret.engine.hardlinks import HardLinks
 from coffret.engine.openpool import OpenPool
 from coffret.engine.places import Places
@@ -27,6 +26,7 @@ from coffret.engine.settings import OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coffret.engine.fetch import Fetcher
     from coffret.engine.filters import PathPatterns
     from coffret.engine.metadata import Meta
     from coffret.engine.progress import Progress
@@ -97,7 +97,7 @@ async def restore(
     """
     begin = time.perf_counter()
     await repository.commits()
-    fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
+    fetcher = repository.fetcher()
     catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load, lost=progress.fault)
     scope = await _scope(catalog, snapshot, path)
     owner = os.geteuid() == 0 if options.owner is None else options.owner

@@ -194,4 +194,13 @@ class SFTPChrootStore(SFTPStore):
 
 
 # A new connector joins the suite here.
-STORES: list[type[Store]] = [MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore]
+STORES: list[type[Store]] = [
+    MemoryStore,
+    LocalStore,
+    TmpfsStore,
+    SQLiteStore,
+    S3Store,
+    S3TLSStore,
+    SFTPStore,
+    SFTPChrootStore,
+]

@@ -56,7 +56,7 @@ def test_memory_is_shared_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             open_connector(url, options)
 
 
-@pytest.mark.parametrize("url", ["gopher://host/x", "S3:///bucket", "c3+http://h/", "memory://x"])
+@pytest.mark.parametrize("url", ["gopher://host/x", "FTP:///pub", "c3+http://h/", "memory://x"])
 def test_an_unknown_kind_is_told_what_there_is(url: str) -> None:
     with pytest.raises(InvalidLocation, match="/path or file:///path"):
         open_connector(url, {})
