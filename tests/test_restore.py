@@ -5,38 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.harness import Program, Recorder, needs_root, repository, scratch, with_mounts
+from tests.harness import Program, needs_root, scratch, with_mounts
+from tests.restore_case import ALL, MIB, Case, case, catalog_packs, chunks, flip, flip_bit
 from tests.trees import describe, differences
 
-from coffret.engine.catalog_reader import Catalog
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import CoffretError, TargetError, UsageError
-from coffret.engine.fetch import Fetcher
 from coffret.engine.filters import PathPatterns
 from coffret.engine.hardlinks import HardLinks
-from coffret.engine.ops.backup import BackupOptions
-from coffret.engine.ops.restore import RestoreOptions
 from coffret.engine.packfile import pack_name
-from coffret.engine.pipeline import Limits
-from coffret.engine.records import ID_BYTES, iter_refs
+from coffret.engine.records import ID_BYTES
 from coffret.engine.scan import Scanner
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from coffret.engine.mirror import Location
     from coffret.engine.records import Entry
-    from coffret.engine.repository import Repository
-    from coffret.engine.snapshot import Snapshot
-
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -55,72 +45,6 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further processes would take longer to start than these trees to restore."""
     monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
-
-
-class Case:
-    """A repository, the snapshot of a directory `source`, and a target to restore it to."""
-
-    def __init__(self, opened: Repository, place: Path) -> None:
-        self.opened, self.place = opened, place
-        self.source, self.target = place / "source", place / "target"
-        self.snapshot: Snapshot
-        self.progress = Recorder()
-
-    async def back_up(self, *paths: Path) -> None:
-        """Make the snapshot that is meant from now on."""
-        roots = [os.fsencode(path) for path in paths or (self.source,)]
-        made = await self.opened.backup(roots, BackupOptions(limits=Limits(workers=1)))
-        self.snapshot = made.snapshot
-        await self.opened.commits()  # brings the readers' view of the index up to date
-
-    async def restore(self, path: Path | str | None = None, **options: object) -> dict[str, str]:
-        """Restore; return the faults by their paths below the source ("" is the source)."""
-        progress = Recorder()
-        summary = await self.opened.restore(
-            self.snapshot,
-            os.fsencode(self.target),
-            path=None if path is None else os.fsencode(path),
-            options=RestoreOptions(**options),  # type: ignore[arg-type]
-            progress=progress,
-        )
-        assert summary.errors == len(progress.faults)
-        self.progress = progress
-        return {os.fsdecode(path).removeprefix(f"{self.source}")[1:]: why for path, why in progress.faults.items()}
-
-    def restored(self) -> set[str]:
-        """What is in the target."""
-        return {str(path.relative_to(self.target)) for path in self.target.rglob("*")}
-
-    def file_of(self, pack: bytes) -> Path:
-        """Where a pack lies."""
-        return self.place / "repository" / pack_name(pack)
-
-    def same(self) -> None:
-        """The target holds what the source does."""
-        assert differences(describe(self.source), describe(self.target)) == []
-
-
-@asynccontextmanager
-async def case(place: Path) -> AsyncIterator[Case]:
-    """A small tree, backed up: two large files, some small ones, links of all kinds."""
-    made = place / "source"
-    random = Random(9)
-    for name in ("a/b/c", "a/d", "e", "empty"):
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        (made / name).write_bytes(random.randbytes(2000) if name != "empty" else b"")
-    for name in ("large", "a/large"):
-        (made / name).write_bytes(random.randbytes(6 * MIB))
-    (made / "a" / "link").symlink_to("b")
-    (made / "a" / "b" / "linked").hardlink_to(made / "e")
-    os.mkfifo(made / "fifo")
-    os.utime(made / "a", ns=(1, 1_000_000_001))
-    async with repository(place) as opened:
-        each = Case(opened, place)
-        await each.back_up()
-        yield each
-
-
-ALL = {"a", "a/b", "a/b/c", "a/b/linked", "a/d", "a/large", "a/link", "e", "empty", "fifo", "large"}
 
 
 class TestWhich:
@@ -343,27 +267,16 @@ class TestNeverOutside:
 class TestDamage:
     pytestmark = pytest.mark.anyio
 
-    async def chunks(self, c: Case) -> dict[str, list[Location]]:
-        """Where the chunks of each entry of the source lie: its content, or else its attributes."""
-        found = {}
-        async for directory, entries in c.opened.entries(c.snapshot, os.fsencode(c.source)[1:], recursive=True):
-            for entry in entries:
-                refs = entry.content or (entry.extra.xattrs_ref if entry.extra else b"")
-                located = await c.opened.mirror.locate([chunk_id for chunk_id, _ in iter_refs(refs)])
-                path = f"/{os.fsdecode(directory)}/{os.fsdecode(entry.name)}".removeprefix(f"{c.source}/")
-                found[path] = [location for location in located if location is not None]
-        return found
-
     @pytest.mark.parametrize(("name", "number"), [("large", 1), ("large", -1), ("a/large", 0), ("a/b/c", 0)])
     async def test_a_flipped_bit_costs_the_files_that_hold_it(self, place: Path, name: str, number: int) -> None:
         async with case(place) as c:
-            chunks = await self.chunks(c)
-            damaged = chunks[name][number]
+            found = await chunks(c)
+            damaged = found[name][number]
             # Small chunks share a block.
             costs = {
                 other
-                for other, found in chunks.items()
-                if any((each.pack, each.offset) == (damaged.pack, damaged.offset) for each in found)
+                for other, places in found.items()
+                if any((each.pack, each.offset) == (damaged.pack, damaged.offset) for each in places)
             }
             assert name in costs
             flip(c, damaged)
@@ -379,7 +292,7 @@ class TestDamage:
             (c.target / "a" / "b").mkdir(parents=True)
             for name in ("e", "a/b/linked"):
                 (c.target / name).write_bytes(name.encode())
-            flip(c, (await self.chunks(c))["e"][0])
+            flip(c, (await chunks(c))["e"][0])
             faults = await c.restore(overwrite="always")
             assert {"e", "a/b/linked"} <= faults.keys()
             for name in ("e", "a/b/linked"):
@@ -400,7 +313,7 @@ class TestDamage:
                     assert await c.restore() == {}
                     assert os.getxattr(c.target / "attributes", "user.large") == value
                     shutil.rmtree(c.target)
-                    [damaged] = (await self.chunks(c))["attributes"]
+                    [damaged] = (await chunks(c))["attributes"]
                     if damaged.pack in await catalog_packs(c):  # a page of directories above alone: try other keys
                         continue
                     flip(c, damaged)
@@ -414,7 +327,7 @@ class TestDamage:
 
     async def test_a_missing_pack(self, place: Path) -> None:
         async with case(place) as c:
-            c.file_of((await self.chunks(c))["large"][0].pack).unlink()
+            c.file_of((await chunks(c))["large"][0].pack).unlink()
             faults = await c.restore()
             assert faults.keys() == {"large", "a/large", "a/b/c", "a/b/linked", "a/d", "e"}
             assert c.restored() == {"a", "a/b", "a/link", "empty", "fifo"}
@@ -434,35 +347,6 @@ class TestDamage:
             with pytest.raises(CoffretError, match=pack_name(catalog.pack)[9:20]):
                 await c.restore()
             assert not c.target.exists() or list(c.target.iterdir()) == []
-
-
-async def catalog_packs(c: Case) -> set[bytes]:
-    """The packs that hold the pages of the snapshot's catalog."""
-    found: set[bytes] = set()
-    fetcher = Fetcher(c.opened.connector, c.opened.sealer, c.opened.mirror, id_key=c.opened.secrets.id_key)
-
-    async def load(refs: Sequence[bytes]) -> list[bytes]:
-        locations = await c.opened.mirror.locate([ref[:ID_BYTES] for ref in refs])
-        found.update(location.pack for location in locations if location)
-        return await fetcher.load(refs)
-
-    async for _ in Catalog(c.snapshot.header.catalog, c.snapshot.header.depth, load).pages():
-        pass
-    return found
-
-
-def flip(c: Case, block: Location) -> None:
-    """Change a bit of a stored block."""
-    flip_bit(c.file_of(block.pack), block.offset + block.stored_bytes // 2)
-
-
-def flip_bit(path: Path, offset: int) -> None:
-    """Change a bit of a file."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_the_program_says_what_it_could_not_restore() -> None:

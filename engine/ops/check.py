@@ -259,9 +259,9 @@ class _Check:
                 found = list(iter_refs(refs))
                 located = await self._mirror.locate([chunk_id for chunk_id, _ in found], avoid=self.damage.packs)
                 for (chunk_id, length), location in zip(found, located, strict=True):
-                    if location is None or location.length != length or self.damage.of(location):
-                        if reason := await self._elsewhere(chunk_id, length):
-                            return reason
+                    bad = location is None or location.length != length or self.damage.of(location)
+                    if bad and (reason := await self._elsewhere(chunk_id, length)):
+                        return reason
         except CoffretError as error:
             return str(error)
         return ""
