@@ -23,14 +23,14 @@ from tests.processes import below
 from coffret.connectors.errors import ConnectionLost, StorageFull
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import configuration, keys, messages, sealing
+from coffret.engine import check_packs, configuration, keys, messages, sealing
 from coffret.engine.chunkpool import ChunkPool
 from coffret.engine.errors import LeaseLost, OutOfSpace, StorageError, reported
 from coffret.engine.flow import Channel
 from coffret.engine.messages import MetaChunks, Run
 from coffret.engine.mirror import Mirror
 from coffret.engine.openpool import OpenPool
-from coffret.engine.ops import check, restore
+from coffret.engine.ops import restore
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.packer import Packer
 from coffret.engine.pipeline import Limits
@@ -95,7 +95,7 @@ class Storage:
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(check, "OPEN_WORKERS", 1)
+    monkeypatch.setattr(check_packs, "OPEN_WORKERS", 1)
     monkeypatch.setattr(restore, "OPEN_WORKERS", 1)
     return Storage(tmp_path)
 
@@ -172,7 +172,7 @@ async def test_what_a_thread_stores_is_not_lost(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("turn", range(2 * ROUNDS))
 async def test_least_of_everything(storage: Storage, source: Path, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restore, "OPEN_SLABS", 1)
-    monkeypatch.setattr(check, "CHECK_SLABS", 1)
+    monkeypatch.setattr(check_packs, "CHECK_SLABS", 1)
     delay(monkeypatch, f"{SEED} {turn}", 0.004)
     slow = FaultyConnector(storage.memory, seed=SEED + turn, latency_s=0.003)
     with anyio.fail_after(HANGS_S):
