@@ -186,9 +186,7 @@ class Pipeline:
         self.root = await catalog_stage(self._complete, self._catalog_runs, writer=self._writer, meta=self.meta)
 
     async def _dedup(self) -> None:
-        await dedup_stage(
-            self._runs, self._dedup_blocks, known=self._known, index=self._index, progress=self._progress
-        )
+        await dedup_stage(self._runs, self._dedup_blocks, known=self._known, index=self._index, progress=self._progress)
 
     async def _seal(self, threads: anyio.CapacityLimiter) -> None:
         with self._seal_packs as outbox:
