@@ -30,7 +30,7 @@ PARTLY = 3
     "--overwrite",
     type=click.Choice(["always", "if-changed", "never"]),
     help="What becomes of files that exist: always replaces them, if-changed those of another size or time, never none"
-    " of them. Without it the directory must be empty.",
+    " of them. Without it none may exist.",
 )
 @click.option("--no-owner", is_flag=True, help="Do not restore owners.")
 @click.option("--sparse", is_flag=True, help="Keep the holes of sparse files.")
@@ -57,6 +57,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
             **path_fields(os.fsencode(into), "target"),
             files=summary.files,
             size_bytes=summary.size_bytes,
+            kept=summary.kept,
             errors=summary.errors,
             duration_s=summary.duration_s,
         )

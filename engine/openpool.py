@@ -63,8 +63,11 @@ class OpenPool:
             descriptors = [self._marks] if self._target < 0 else [self._marks, self._target]
             for worker in self._pool.workers:
                 socket.send_fds(worker.socket, [b"\0"], descriptors)
-        except BaseException:
-            os.close(self._marks)
+        except BaseException as error:
+            try:
+                await self._pool.__aexit__(type(error), error, error.__traceback__)
+            finally:
+                os.close(self._marks)
             raise
         return self
 

@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from coffret.engine.restore_writer import reserve
+from coffret.engine.restore_writer import is_same, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,7 +118,8 @@ class LargeFile:
     def __init__(self, directory: bytes, name: bytes, meta: tuple[Any, ...], extents: bytes) -> None:
         self.directory, self.name, self.meta = directory, name, meta
         self.temporary = temporary_name()
-        self.identity = (0, 0)
+        # What it is known by (device, inode, owner), since its name may be given to something else.
+        self.identity = (0, 0, 0)
         self.unfinished, self.complete, self.reason = 0, False, ""
         self._sparse = bool(extents)
         self._extents: deque[tuple[int, int]] = deque(struct.iter_unpack("<QQ", extents) if extents else [(0, meta[3])])
@@ -134,7 +135,7 @@ class LargeFile:
         fd = os.open(self.temporary, flags, 0o600, dir_fd=folder)
         try:
             status = os.fstat(fd)
-            self.identity = status.st_dev, status.st_ino
+            self.identity = status.st_dev, status.st_ino, status.st_uid
             return reserve(fd, self.meta[3], sparse=sparse, holes=self._sparse)
         except OSError:
             os.unlink(self.temporary, dir_fd=folder)
@@ -147,7 +148,7 @@ class LargeFile:
         with contextlib.suppress(OSError):
             folder = places.enter(self.directory)
             status = os.stat(self.temporary, dir_fd=folder, follow_symlinks=False)
-            if (status.st_dev, status.st_ino) == self.identity:
+            if is_same(status, self.identity):
                 os.unlink(self.temporary, dir_fd=folder)
 
     def add(self, window: Window, chunk_id: bytes, length: int, location: Location) -> None:

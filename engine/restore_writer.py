@@ -133,7 +133,7 @@ class Writer:
     def piece(
         self,
         opened: Opened,
-        place: tuple[bytes, bytes, int, int],
+        place: tuple[bytes, bytes, int, int, int],
         writes: list[tuple[int, int, int, list[Part]]],
     ) -> list[Fault]:
         """A part of a large file: writes = [(file offset, length, bytes of the first part to skip, parts)]."""
@@ -150,14 +150,13 @@ class Writer:
             return [(b"", reason_of(error), LOST)]
         return []
 
-    def _again(self, directory: bytes, name: bytes, device: int, inode: int) -> int:
+    def _again(self, directory: bytes, name: bytes, *identity: int) -> int:
         """Open a file that is being written in pieces, and nothing else that may have its name.
 
         :raises OSError: if it is not there any more
         """
         fd = os.open(name, _AGAIN, dir_fd=self._places.enter(directory))
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino, status.st_nlink) == (device, inode, 1) and stat.S_ISREG(status.st_mode):
+        if is_same(os.fstat(fd), identity):
             return fd
         os.close(fd)
         raise OSError(errno.ESTALE, "something else was put in its place")
@@ -198,7 +197,7 @@ class Writer:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
     def finish(
-        self, directory: bytes, name: bytes, temporary: bytes, identity: tuple[int, int], meta: Meta
+        self, directory: bytes, name: bytes, temporary: bytes, identity: tuple[int, int, int], meta: Meta
     ) -> list[Fault]:
         """A large file is written: set its metadata and give it its name; without a name it failed, and goes."""
         path = directory + b"/" + name if directory else name
@@ -298,6 +297,12 @@ class Writer:
             except OSError as error:
                 faults.append((path, reason_of(error), LOST))
         return faults
+
+
+def is_same(status: os.stat_result, identity: tuple[int, ...]) -> bool:
+    """Whether this is the file that was made, with (device, inode, owner), and has one name only."""
+    found = (status.st_dev, status.st_ino, status.st_uid)
+    return found == identity and status.st_nlink == 1 and stat.S_ISREG(status.st_mode)
 
 
 def reason_of(error: Exception) -> str:

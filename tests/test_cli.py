@@ -17,7 +17,8 @@ from tests.harness import ROOT, Program, interpreter
 from coffret import __version__
 from coffret.commands.line import COMMANDS
 from coffret.connectors.local import LocalConnector
-from coffret.engine.ops import check, restore
+from coffret.engine import check_packs
+from coffret.engine.ops import restore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -237,7 +238,7 @@ class TestLine:
             assert "..." not in text.replace("]...", "").replace("'...'", "").replace("[ARGS]...", "")
         assert "never the last one." in " ".join(program("passphrase", "--help").stdout.split())
         assert "without a shell" in " ".join(program("backup", "--help").stdout.split())
-        assert "Without it the directory must be empty" in " ".join(program("restore", "--help").stdout.split())
+        assert "Without it none may exist." in " ".join(program("restore", "--help").stdout.split())
 
     def test_nothing(self, program: Program) -> None:
         outcome = program(code=2)
@@ -260,6 +261,15 @@ class TestLine:
             [python, "-c", code], env={"PYTHONPATH": search_path}, capture_output=True, text=True, check=False
         )
         assert outcome.returncode == 0, outcome.stderr
+
+    def test_beginning_is_quick(self) -> None:
+        """Until `main` runs a Ctrl-C is answered by Python: that must be no time at all."""
+        python, search_path = interpreter(None)
+        code = "import sys; before = {*sys.modules}; import coffret.cli; print(*sorted({*sys.modules} - before))"
+        outcome = subprocess.run(
+            [python, "-c", code], env={"PYTHONPATH": search_path}, capture_output=True, text=True, check=True
+        )
+        assert {*outcome.stdout.split()} <= {"__future__", "coffret", "coffret.cli", "errno"}
 
 
 class TestForms:
@@ -350,7 +360,7 @@ class TestForms:
             (source / "fresh").write_bytes(os.urandom(10_000 + number))
             run("backup", source, "--workers", "1")
         started: list[int] = []
-        for module in (check, restore):
+        for module in (check_packs, restore):
             pool = module.OpenPool
 
             def record(*arguments: Any, pool: Any = pool, **options: Any) -> Any:

@@ -276,7 +276,11 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     paths = {path_of(item) for item in outcome.of_type("item")}
     assert paths >= {source, source + b"/plain", source + b"/" + ODD + b"/file"}
     assert base64.b64decode(messages[-1]["target_b64"]) == place
-    assert messages[-1]["files"] == 2
+    assert (messages[-1]["files"], messages[-1]["kept"]) == (2, 0)
+    again = program("restore", "--json", "-to", place, snapshot, "--overwrite", "never")
+    summary = validate_all(again, summary="summary of restore")[-1]
+    assert summary["files"] == 0
+    assert summary["kept"] >= 4
 
 
 def test_info(program: Program) -> None:

@@ -10,12 +10,13 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.harness import Program, needs_root, scratch, with_mounts
+from tests.harness import Program, needs_root, repository, scratch, with_mounts
 from tests.restore_case import ALL, MIB, Case, case, catalog_packs, chunks, flip, flip_bit
 from tests.trees import describe, differences
 
 from coffret.engine.entries import make_entry, make_extra
-from coffret.engine.errors import CoffretError, TargetError, UsageError
+from coffret.engine.errors import CoffretError, UsageError
+from coffret.engine.fetch import Fetcher
 from coffret.engine.filters import PathPatterns
 from coffret.engine.hardlinks import HardLinks
 from coffret.engine.packfile import pack_name
@@ -23,7 +24,7 @@ from coffret.engine.records import ID_BYTES
 from coffret.engine.scan import Scanner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from coffret.engine.records import Entry
@@ -110,6 +111,45 @@ class TestWhich:
             for name in expected & {"e", "a/b/linked"}:
                 assert (c.target / name).read_bytes() == (c.source / "e").read_bytes()
 
+    @pytest.mark.parametrize("patterns", [(["nothing"], []), (["source/a"], []), ([], ["*"])])
+    async def test_patterns_that_match_nothing(self, place: Path, patterns: tuple[list[str], list[str]]) -> None:
+        async with case(place) as c:
+            for made in (False, True):
+                if made:
+                    c.target.mkdir()
+                    os.utime(c.target, ns=(0, 7))
+                with pytest.raises(CoffretError, match="matches the patterns") as caught:
+                    await c.restore(patterns=PathPatterns(*patterns))
+                assert caught.value.exit_code == 1
+                assert c.target.exists() == made
+            assert c.target.stat().st_mtime_ns == 7
+
+    async def test_what_no_pattern_can_match_is_not_read(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither the files of a large directory nor the pages that list them."""
+        for number in range(9000):
+            path = place / "source" / f"{number // 8000}" / f"name{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        async with repository(place) as opened:
+            c = Case(opened, place)
+            await c.back_up()
+            real, read = Fetcher.load, 0
+
+            async def load(self: Fetcher, refs: Sequence[bytes]) -> list[bytes]:
+                nonlocal read
+                read += len(refs)
+                return await real(self, refs)
+
+            monkeypatch.setattr(Fetcher, "load", load)
+            assert await c.restore() == {}
+            c.same()
+            everything, read = read, 0
+            shutil.rmtree(c.target)
+            assert await c.restore(patterns=PathPatterns([f"{c.source}/1/*7"])) == {}
+            assert c.restored() == {"1", *(f"1/name{number}" for number in range(8007, 9000, 10))}
+            assert (c.target / "1").stat().st_mtime_ns == (c.source / "1").stat().st_mtime_ns
+            assert read < everything // 2
+
 
 def test_links_have_the_same_content() -> None:
     """Device numbers change when a machine starts anew, and unchanged entries keep the old ones."""
@@ -121,62 +161,6 @@ def test_links_have_the_same_content() -> None:
         )
     assert [links.seen(b"d%d" % number, entry, None) for number, entry in enumerate(entries)] == [False, False, True]
     links.close()
-
-
-class TestOverwrite:
-    pytestmark = pytest.mark.anyio
-
-    async def prepare(self, c: Case) -> None:
-        """A target with an older state: files that differ, are missing, are another kind, or are only there."""
-        assert await c.restore() == {}
-        for name in ("a/d", "large"):
-            (c.target / name).write_bytes(b"older")
-        os.utime(c.target / "a" / "large", ns=(0, 0))
-        (c.target / "e").unlink()
-        (c.target / "empty").unlink()
-        (c.target / "empty").symlink_to("fifo")
-        (c.target / "fifo").unlink()
-        (c.target / "fifo").write_bytes(b"no fifo")
-        (c.target / "own").write_bytes(b"kept")
-
-    async def test_refuse(self, place: Path) -> None:
-        async with case(place) as c:
-            await self.prepare(c)
-            before = describe(c.target)
-            with pytest.raises(TargetError, match="is there already"):
-                await c.restore()
-            assert differences(before, describe(c.target)) == []
-
-    @pytest.mark.parametrize("policy", ["always", "if-changed"])
-    async def test_replace(self, place: Path, policy: str) -> None:
-        async with case(place) as c:
-            await self.prepare(c)
-            inode = (c.target / "a" / "b" / "c").stat().st_ino
-            assert await c.restore(overwrite=policy) == {}
-            assert (c.target / "own").read_bytes() == b"kept"
-            (c.target / "own").unlink()
-            os.utime(c.target, ns=(0, c.source.stat().st_mtime_ns))
-            c.same()
-            # What looks the same was not touched.
-            assert ((c.target / "a" / "b" / "c").stat().st_ino == inode) == (policy == "if-changed")
-
-    async def test_never(self, place: Path) -> None:
-        async with case(place) as c:
-            await self.prepare(c)
-            assert (await c.restore(overwrite="never")).keys() == {"empty", "fifo"}  # they are of another type
-            for name in ("a/d", "large"):
-                assert (c.target / name).stat().st_size == len(b"older")
-            assert (c.target / "fifo").read_bytes() == b"no fifo"
-            assert (c.target / "e").read_bytes() == (c.source / "e").read_bytes()
-            assert (c.target / "empty").is_symlink()
-
-    async def test_a_file_that_others_have_open_keeps_its_content(self, place: Path) -> None:
-        """A file is replaced whole, under its name; it is never seen half written."""
-        async with case(place) as c:
-            await self.prepare(c)
-            with (c.target / "a" / "d").open("rb") as small, (c.target / "large").open("rb") as large:
-                assert await c.restore(overwrite="always") == {}
-                assert small.read(10) == large.read(10) == b"older"
 
 
 class TestNeverOutside:

@@ -68,8 +68,8 @@ async def check(
         await work.packs.run(None)
         if (unnamed := work.packs.unnamed())[0]:
             progress.note(
-                f"{unnamed[0]} packs of {format_size(unnamed[1])} are named by no index object: a backup that is at "
-                "work, or was interrupted, has put them"
+                f"packs that no index object names: {unnamed[0]}, of {format_size(unnamed[1])}; a backup at work, "
+                "or one that was interrupted, has put them"
             )
         targets = [(snapshot, None) for snapshot in commits.snapshots]
     else:

@@ -103,6 +103,10 @@ async def restore(
     owner = os.geteuid() == 0 if options.owner is None else options.owner
     if not owner and options.owner is None:
         progress.note("owners are not restored, since this is not root")
+    for pattern in options.patterns.idle(scope.start) if options.patterns is not None else ():
+        progress.note(
+            f"{pattern!r} matches nothing: with a slash it begins at /; to match it anywhere put **/ before it"
+        )
     replace = options.overwrite != "refuse"
     opened = await to_thread.run_sync(lambda: open_target(target, replace=replace))
     unused = True
