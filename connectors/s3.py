@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Buffer
     from coffret.connectors.limit import Pace
-    from coffret.connectors.s3client import Answer, Watch
+    from coffret.connectors.s3body import Watch
+    from coffret.connectors.s3client import Answer
     from coffret.connectors.s3place import Place
 
 # Packs (32 MiB) go as one request, several at a time: parts would cost each two more round trips.
@@ -47,7 +48,8 @@ _READ_BYTES = 1 << 20
 _PACED_READ_BYTES = 64 << 10
 # The classes for what is seldom read bill at least 128 KiB an object; small ones stay in the bucket's own class.
 _CLASS_FROM_BYTES = 128 << 10
-_COMPARED_BYTES = 64 << 10
+# How much of a large object is compared at a time.
+_COMPARED_BYTES = 4 << 20
 
 
 def open_url(url: str, options: Mapping[str, str]) -> S3Connector:
@@ -111,9 +113,9 @@ class S3Connector(Connector):
             else:
                 await self._parts.put(where, views, options, condition)
         except ConnectionLost as error:
-            if views and error.__cause__ is not None:  # else nobody is there to ask
-                await self._ask_why(name, views[0], size_bytes, if_absent)
-            raise
+            # Without a cause it is our own patience that ended: nobody is there to be asked.
+            if error.__cause__ is None or not await self._took_effect(name, views, size_bytes, if_absent):
+                raise
         finally:
             for view in views:
                 view.release()  # whatever still refers to it: the buffer is its owner's
@@ -211,25 +213,37 @@ class S3Connector(Connector):
                 f"there is no bucket {self.place.bucket!r}, and this key may not make it: make it first ({error})"
             ) from error
 
-    async def _ask_why(self, name: str, begin: memoryview, size_bytes: int, if_absent: bool) -> None:
-        """After a put that was cut off: a server that refuses early hangs up on the body, and its answer may be lost.
+    async def _took_effect(self, name: str, views: Sequence[memoryview], size_bytes: int, if_absent: bool) -> bool:
+        """Whether a put that was cut off made the object; False also if nobody can tell, or it can just be repeated.
 
-        :raises PermissionRefused: if that was why
-        :raises NotFound: if there is no bucket
-        :raises AlreadyExists: if the name was to be absent and is taken by what is certainly another object
+        A server that refuses early hangs up on the rest of the body, and its answer is lost on the way.
+
+        :raises PermissionRefused: if that is what it would have said
+        :raises NotFound: likewise, if there is no bucket
+        :raises AlreadyExists: if the name was to be absent and is taken by another object
         """
-        where = self._where(name)[0]
         try:
-            taken = (await self.stat(name)).size_bytes != size_bytes
-            if if_absent and not taken:
-                begin = begin[:_COMPARED_BYTES]
-                taken = await self.get(name, length=len(begin)) != begin
+            there = (await self.stat(name)).size_bytes == size_bytes
+            if not if_absent or not size_bytes:
+                return False
+            if there and await self._is_same(name, views):
+                return True
         except NoBucket:
             raise
         except (NotFound, TransientError):
-            return
-        if if_absent and taken:
-            raise AlreadyExists(f"{where} exists already")
+            return False
+        raise AlreadyExists(f"{self._where(name)[0]} exists already")
+
+    async def _is_same(self, name: str, views: Sequence[memoryview]) -> bool:
+        """Whether an object holds these bytes."""
+        offset = 0
+        for view in views:
+            for at in range(0, len(view), _COMPARED_BYTES):
+                piece = view[at : at + _COMPARED_BYTES]
+                if await self.get(name, offset=offset, length=len(piece)) != piece:
+                    return False
+                offset += len(piece)
+        return True
 
     async def _fetch(self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any]) -> None:
         """Hand the bytes of a range to `write`, piece by piece."""

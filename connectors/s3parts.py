@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 _PARALLEL_PARTS = 4
 _MAX_PARTS = 10_000
-_ABORT_WAITS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+_ABORT_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 # No put takes as long as this: an upload so old is that of a process that was killed.
 _ABANDONED_AFTER_S = 24 * 3600.0
 
@@ -51,7 +51,7 @@ class PartsUpload:
                 "complete_multipart_upload", where, patience=5, MultipartUpload={"Parts": parts}, **condition, **upload
             )
         except BaseException:
-            await self._abort(where, upload)
+            await self._abort(where, upload, times=3)
             raise
 
     async def _begin(self, where: str, options: dict[str, Any]) -> str:
@@ -88,22 +88,26 @@ class PartsUpload:
             raise group.exceptions[0] from group
         return etags
 
-    async def _abort(self, where: str, upload: dict[str, Any]) -> None:
+    async def _abort(self, where: str, upload: dict[str, Any], *, times: int = 1) -> None:
         """Give an upload up. If the server can't be told, a later run does it.
 
-        Servers fail to do so as long as parts are still coming in on connections that we have closed.
+        Parts may still come in on connections that we have closed: servers fail at it then, or have the upload again
+        afterwards. `times` is how often it has to be gone.
         """
         with anyio.CancelScope(shield=True):
-            for wait_s in (*_ABORT_WAITS_S, None):
+            for wait_s in _ABORT_WAITS_S:
                 try:
                     await self._client.ask("abort_multipart_upload", where, **upload)
-                except (NoUpload, ConnectionLost, PermissionRefused):
+                    times -= 1
+                except NoUpload:
+                    times -= 1
+                except (ConnectionLost, PermissionRefused):
                     return
                 except ConnectorError:
-                    if wait_s is not None:
-                        await anyio.sleep(wait_s)
-                else:
+                    pass
+                if times <= 0:
                     return
+                await anyio.sleep(wait_s)
 
     async def _sweep(self) -> None:
         """Give up what killed processes left, once; by the server's clock."""

@@ -241,13 +241,21 @@ class SFTPConnector(Connector):
                 if refusal.kind is not NotFound:
                     raise
                 await files.make_folders([name[:at] for at, sign in enumerate(name) if sign == "/"])
-                left = await self._naming.give(files, temporary, name, if_absent)
+                left = await self._give_again(files, temporary, name, if_absent)
         finally:
             if left:
                 self._left_over.add(temporary)
                 await files.session.clear_up(self._clear_up(files))
         if not self._swept or self._left_over:
             files.session.later(self._sweep(files))
+
+    async def _give_again(self, files: Files, temporary: str, name: str, if_absent: bool) -> bool:
+        try:
+            return await self._naming.give(files, temporary, name, if_absent)
+        except Refusal as refusal:
+            if refusal.kind is not NotFound:
+                raise
+            raise Refusal(TransientError, "its folder vanished while it was written") from refusal
 
     async def _write(self, files: Files, temporary: str, body: Sequence[Buffer]) -> None:
         try:
@@ -289,8 +297,6 @@ class SFTPConnector(Connector):
             attributes = await files.attributes(name, follow=True)
             if attributes is not None and attributes.type == FOLDER:
                 return Refusal(NotStorage, "there is a folder of this name")
-        if refusal.kind is NotFound:
-            return Refusal(TransientError, "its folder vanished while it was written")
         return refusal
 
     async def _may_be_made_one(self, files: Files) -> bool:

@@ -6,6 +6,7 @@ terminal only, once for all connections.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import shlex
 import socket
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # A host that is there answers within this (s), unless ~/.ssh/config says otherwise.
 _CONNECT_S = 30
+# The server's side of SFTP may be started by a shell that has much to do first (s).
+_START_S = 60
 # A peer that is gone without a word is given up after four times this (s); each answer begins it anew.
 _KEEPALIVE_S, _KEEPALIVES = 15, 3
 # AES-GCM moves 150 to 170 MiB/s through asyncssh where ChaCha20, its own first choice, moves 115: with AES in the
@@ -103,9 +106,10 @@ class Login:
         if self.address.user is not None:
             arguments["username"] = self.address.user
         try:
-            config = asyncssh.SSHClientConnectionOptions(**arguments, client_keys=None).config
+            # (): ~/.ssh/config, as `connect` takes it too.
+            config = asyncssh.SSHClientConnectionOptions(**arguments, config=(), client_keys=None).config
             arguments |= _identities(config.get("IdentityFile", ()))
-            options = asyncssh.SSHClientConnectionOptions(**arguments)
+            options = asyncssh.SSHClientConnectionOptions(**arguments, config=())
         except (OSError, ValueError) as error:
             raise ConnectorError(f"{self.address}: ~/.ssh: {error}") from error
         if config.get("Ciphers") is None:
@@ -147,6 +151,8 @@ class Login:
             return ConnectionLost(f"{where}: connection refused: no SSH server listens there")
         if isinstance(error, TimeoutError):
             return ConnectionLost(f"{where}: no answer")
+        if isinstance(error, OSError) and error.filename is not None:  # a file on this side
+            return ConnectorError(f"{where}: {error.filename}: {error.strerror}")
         return kind_of(error)(f"{where}: {error}")
 
     def refuse_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> None:
@@ -178,7 +184,8 @@ async def start_sftp(connection: asyncssh.SSHClientConnection, address: Address)
     import asyncssh
 
     try:
-        return await connection.start_sftp_client()
+        async with asyncio.timeout(_START_S):
+            return await connection.start_sftp_client()
     except (asyncssh.Error, OSError, EOFError) as error:
         # Refused, or a shell that prints a greeting first; not a connection that broke.
         if isinstance(error, (asyncssh.ChannelOpenError, asyncssh.SFTPBadMessage)) and not connection.is_closed():
@@ -234,8 +241,11 @@ def _client_class() -> Callable[[Login], asyncssh.SSHClient]:
         async def kbdint_challenge_received(self, name: str, instructions: str, lang: str, prompts: Any) -> Any:
             answers: list[str] = []
             for prompt, _ in prompts:
-                self._asked = True
-                answer = await to_thread.run_sync(self._login.password, f"{self._login.address}: {prompt}")
+                if len(prompts) == 1 and "password" in prompt.lower():
+                    answer = await self.password_auth_requested()
+                else:
+                    self._asked = True
+                    answer = await to_thread.run_sync(self._login.password, f"{self._login.address}: {prompt}")
                 if answer is None:
                     return None
                 answers.append(answer)

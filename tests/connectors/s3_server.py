@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import datetime
 import functools
@@ -108,6 +109,8 @@ class S3Server:
         **others: Any,
     ) -> S3Connector:
         """A connector to a bucket (and prefix) here; `port` is that of a proxy."""
+        if self.scheme == "s3":
+            forgive_uvloop()
         options = options if options is not None else {"ca": str(self.ca)} if self.scheme == "s3" else {}
         place = parse_location(f"{self.scheme}://127.0.0.1:{port or self.port}/{bucket}", options)
         return S3Connector(place, credentials=credentials, **others)
@@ -132,6 +135,30 @@ def shared_server(*, tls: bool) -> S3Server:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server.start()
     return server
+
+
+def forgive_uvloop() -> None:
+    """Let uvloop (0.23, at least) fail in the background where asyncio does not.
+
+    When a TLS connection is closed by both sides at once, it writes to the closed one and tells the loop's handler of
+    errors. No request is concerned: it was cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+    if type(loop).__module__.partition(".")[0] != "uvloop" or getattr(before, "forgives", False):
+        return
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+            return
+        if before is None:
+            loop.default_exception_handler(context)
+        else:
+            before(loop, context)
+
+    handle.forgives = True  # type: ignore[attr-defined]
+    loop.set_exception_handler(handle)
 
 
 def free_port() -> int:

@@ -43,7 +43,8 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 MaxStartups 100
 MaxSessions 100
-Subsystem sftp {subsystem}
+# Not a program of its own, which would be started by the user's shell, with whatever that does first.
+Subsystem sftp internal-sftp
 {more}
 """
 _CHROOT = "ForceCommand internal-sftp\nChrootDirectory {0}\nAllowTcpForwarding no"
@@ -90,7 +91,7 @@ class SSHServer:
         self.home.know(self.folder / "host.pub")
         self.authorize(self.home.key)
         self.port = free_port()
-        config = _CONFIG.format(port=self.port, folder=self.folder, subsystem=_sftp_server(), more=more)
+        config = _CONFIG.format(port=self.port, folder=self.folder, more=more)
         (self.folder / "config").write_text(config)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -259,14 +260,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _sftp_server() -> str:
-    """The server as a program of its own where there is one, so that it can be killed apart from the connection."""
-    for path in ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server"):
-        if Path(path).exists():
-            return path
-    return "internal-sftp"
 
 
 def _below(pid: int) -> list[int]:

@@ -195,12 +195,5 @@ class SFTPChrootStore(SFTPStore):
 
 # A new connector joins the suite here.
 STORES: list[type[Store]] = [
-    MemoryStore,
-    LocalStore,
-    TmpfsStore,
-    SQLiteStore,
-    S3Store,
-    S3TLSStore,
-    SFTPStore,
-    SFTPChrootStore,
-]
+    MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore,
+]  # fmt: skip
