@@ -266,7 +266,8 @@ def unreadable(name: str, error: ConnectorError) -> str:
         return f"{name} is missing"
     if isinstance(error, InvalidRange):
         return f"{name} is cut short: {error}"
-    return f"{name} can't be read: {error}"
+    text = str(error)  # says where that is, as a rule
+    return f"{name} can't be read: {text.rpartition(f'{name}: ')[2]}"
 
 
 async def fetch_into(fetcher: Fetcher, blocks: Sequence[Location], view: memoryview) -> list[tuple[object, ...] | str]:
