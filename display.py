@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,18 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from coffret.engine.errors import CoffretError, OutOfSpace
 from coffret.engine.progress import Progress
-from coffret.engine.units import format_size
+from coffret.engine.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from coffret.engine.errors import CoffretError
+    from coffret.connectors.trace import Calls
     from coffret.engine.progress import Fault, Item
 
 SCHEMA_VERSION = 1
 # A terminal is redrawn this often; a pipe or a program gets a line a second at most (s).
 _REDRAW_S, _LINE_S = 0.1, 1.0
+# What a remaining time and a percentage need beside the bar (columns).
+_BAR_MAX, _BESIDE_BAR = 40, 22
 
 
 def printable(path: bytes) -> str:
@@ -56,8 +60,49 @@ def paths_fields(paths: Sequence[bytes]) -> dict[str, list[str]]:
     return found
 
 
+def cut_left(text: str, width: int) -> str:
+    """A path in at most `width` columns: of one that is too long the end is what tells it from others."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    at, room = len(text), width - 1
+    while at and (room := room - cell_len(text[at - 1])) >= 0:
+        at -= 1
+    return f"…{text[at:]}"
+
+
 class ReaderGone(BrokenPipeError):
     """Nobody reads what is printed any more."""
+
+
+class OutputLost(CoffretError):
+    """Standard output can't be written."""
+
+    def __init__(self, error: OSError) -> None:
+        remedy = "direct it elsewhere"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.exit_code, remedy = OutOfSpace.exit_code, "free some space, or direct it elsewhere"
+        super().__init__(f"standard output can't be written: {error.strerror}", remedy=remedy)
+
+
+def _calls_fields(calls: Calls) -> dict[str, int | float]:
+    """Calls of one method in JSON."""
+    return {
+        "calls": calls.calls,
+        "failed": calls.failed,
+        "size_bytes": calls.size_bytes,
+        "total_s": round(calls.total_s, 6),
+        "median_s": round(calls.latency_s(0.5), 6),
+        "p99_s": round(calls.latency_s(0.99), 6),
+    }
+
+
+def _told(calls: Calls) -> str:
+    """Calls of one method for people: `12 (34 MB, 5.2ms each)`."""
+    size = f"{format_size(calls.size_bytes)}, " if calls.size_bytes else ""
+    failed = f", {calls.failed} failed" if calls.failed else ""
+    return f"{calls.calls} ({size}{format_duration(calls.total_s / calls.calls)} each{failed})"
 
 
 class Display:
@@ -68,11 +113,17 @@ class Display:
         #: What a summary calls the command: with its subcommand.
         self.command = name
         self.quiet, self.verbose = quiet, verbose
+        #: Nothing is done: a line for a path says what would be.
+        self.dry_run = False
         self.progress = Progress(on_fault=self._fault, on_note=self.note)
         if verbose:
             self.progress.on_item = self._item
+        #: What was asked of the repository's storage, by method.
+        self.storage_calls: Mapping[str, Calls] = {}
         self._live: Any = None
         self._begin = time.perf_counter()
+        # The phase that was shown last, and since when.
+        self._phase, self._phase_begin = "", self._begin
 
     @property
     def elapsed_s(self) -> float:
@@ -99,16 +150,22 @@ class Display:
         """The end: what happened. Without a text, what was printed before says it all."""
         self.close()
         if self.as_json:
+            if self.storage_calls:
+                fields["storage"] = {method: _calls_fields(calls) for method, calls in self.storage_calls.items()}
             self._json("summary", schema_version=SCHEMA_VERSION, command=self.command, **fields)
         elif text and not self.quiet:
             self._out(text)
+            if self.verbose and self.storage_calls:
+                told = "; ".join(f"{method} {_told(calls)}" for method, calls in self.storage_calls.items())
+                self._err(f"{self.name}: storage: {told}")
 
     def error(self, error: CoffretError) -> None:
         """The one line of a failure: what happened, and what to do."""
         self.close()
         message, remedy = str(error), error.remedy
         if self.as_json:
-            self._json("error", message=message, remedy=remedy, code=error.exit_code)
+            with contextlib.suppress(ReaderGone, OutputLost):
+                self._json("error", message=message, remedy=remedy, code=error.exit_code)
         text = f"coffret: {message}" + (f" ({remedy})" if remedy else "")
         self._err(printable(os.fsencode(" ".join(text.splitlines()))))
 
@@ -118,6 +175,11 @@ class Display:
             self._json("status", note=text)
         elif not self.quiet:
             self._err(printable(os.fsencode(f"{self.name}: note: {text}")))
+
+    def aside(self, text: str) -> None:
+        """A line beside the result, for people; not in JSON."""
+        if not self.as_json and not self.quiet:
+            self._err(f"{self.name}: {printable(os.fsencode(text))}")
 
     # Progress ---------------------------------------------------------------------------------------------------------
 
@@ -139,65 +201,50 @@ class Display:
         from rich.console import Console
         from rich.live import Live
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, highlight=False)
         # Neither stream is redirected: `_err` prints above the display, and `summary` is printed when it is gone.
         self._live = live = Live(
             console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
-        live.start()
-        try:
+        # The terminal may go away: a signal tells.
+        with contextlib.suppress(OSError):
+            live.start()
             while self._live is not None:
                 await anyio.sleep(_REDRAW_S)
                 if self._live is not None:
-                    live.update(self._table(), refresh=True)
-        finally:
-            self.close()
+                    live.update(self._drawn(console.width, console.height), refresh=True)
+        self.close()
 
     def close(self) -> None:
         """Clear the live display away, if there is one."""
         live, self._live = self._live, None
         if live is not None:
-            live.stop()
+            with contextlib.suppress(OSError):
+                live.stop()
 
-    def _table(self) -> Any:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        progress, elapsed = self.progress, time.perf_counter() - self._begin
-        done, total = max(progress.size_bytes, progress.read_bytes), progress.size_total
-        table = Table.grid(padding=(0, 2))
-        speed = format_size(int(done / max(elapsed, 0.001))) + "/s"
-        table.add_row(
-            f"[bold]{self.name}[/]" + ("" if progress.phase == self.name else f" {progress.phase}"),
-            counted(progress.files, "file") + (f" of {progress.files_total:,}" if progress.files_total else ""),
-            format_size(done) + (f" of {format_size(total)}" if total else ""),
-            speed,
-            f"{elapsed:.0f}s" + _eta(done, total, elapsed),
-        )
-        if total:
-            table.add_row(ProgressBar(total=total, completed=done, width=20))
-        if progress.stored_bytes:
-            ratio = progress.added_bytes / max(progress.stored_bytes, 1)
-            table.add_row(
-                "",
-                f"added {format_size(progress.added_bytes)}",
-                f"stored {format_size(progress.stored_bytes)}",
-                f"ratio {ratio:.2f}",
-            )
-        if progress.errors:
-            table.add_row("", f"[red]{counted(progress.errors, 'error')}[/]")
+    def _drawn(self, width: int, height: int) -> Any:
         from rich.text import Text
 
-        for path in list(progress.current.values()):
-            table.add_row("", Text(printable(path), overflow="ellipsis", no_wrap=True))
-        return table
+        lines = progress_lines(self.name, self.progress, self._elapsed(), self._phase_elapsed(), width)
+        shown = lines[: max(1, height - 1)]
+        return Text("\n".join(shown), no_wrap=True, overflow="crop")
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def _phase_elapsed(self) -> float:
+        """Seconds since the phase began, as far as it was looked at."""
+        now = time.perf_counter()
+        if self.progress.phase != self._phase:
+            self._phase, self._phase_begin = self.progress.phase, now
+        return now - self._phase_begin
 
     def _plain(self) -> str:
         progress = self.progress
         phase = "" if progress.phase == self.name else f" {progress.phase}:"
-        done = format_size(max(progress.size_bytes, progress.read_bytes))
-        text = f"{self.name}:{phase} {counted(progress.files, 'file')}, {done}"
-        return text + (f", {counted(progress.errors, 'error')}" if progress.errors else "")
+        cells = _amounts(self.name, progress)
+        cells += [counted(progress.errors, "error")] if progress.errors else []
+        return f"{self.name}:{phase} {', '.join(cells)}".removesuffix(": ")
 
     def _counters(self) -> dict[str, Any]:
         progress = self.progress
@@ -223,6 +270,8 @@ class Display:
                 status=item.status,
                 size_bytes=item.size_bytes,
             )
+        elif self.dry_run:
+            self._out(f"{self.name}: {item.status}: {printable(item.path)}")
         elif not self.quiet:
             mark = "✓" if item.status == "verified" else "OK ✓"
             self._out(f"{self.progress.subject}: {mark} {printable(item.path)}")
@@ -255,18 +304,80 @@ def _write(text: str) -> None:
     """One line on standard output, in UTF-8 whatever the locale.
 
     :raises ReaderGone: if it is a pipe that nobody reads
+    :raises OutputLost: if it can't be written for another reason
     """
     try:
         sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape") + b"\n")
         sys.stdout.buffer.flush()
-    except BrokenPipeError as error:
-        raise ReaderGone(*error.args) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end
+        raise ReaderGone(*error.args) if isinstance(error, BrokenPipeError) else OutputLost(error) from None
 
 
-def _eta(done: int, total: int | None, elapsed_s: float) -> str:
-    if not total or not done:
-        return ""
-    return f", {max(0, total - done) / done * elapsed_s:.0f}s left"
+def progress_lines(name: str, progress: Progress, elapsed_s: float, phase_s: float, width: int) -> list[str]:
+    """What a terminal of `width` columns shows of a command at work: the phase, a bar, counters, what is being read."""
+    phase = "" if progress.phase == name else f" {progress.phase}"
+    lines = [f"{name}{phase}  {format_duration(int(elapsed_s))}"]
+    amounts = _amounts(name, progress)
+    done, total = _measure(name, progress)
+    if total:
+        lines.append(_bar(done, total, phase_s, width))
+    if amounts and not _by_files(name, progress):
+        amounts.append(f"{format_size(int(done / max(phase_s, 0.001)))}/s")
+    if progress.stored_bytes:
+        amounts += [f"added {format_size(progress.added_bytes)}", f"stored {format_size(progress.stored_bytes)}"]
+        amounts.append(f"ratio {progress.added_bytes / progress.stored_bytes:.2f}")
+    if progress.errors:
+        amounts.append(counted(progress.errors, "error"))
+    lines += _filled(amounts, width)
+    return lines + [f"  {cut_left(printable(path), width - 2)}" for path in list(progress.current.values())]
+
+
+def _by_files(name: str, progress: Progress) -> bool:
+    """Whether the work is measured in files: a check goes through catalogs when its packs are done."""
+    return name == "check" and progress.phase != "packs"
+
+
+def _measure(name: str, progress: Progress) -> tuple[int, int | None]:
+    """(how much is done, of how much), in what the work is measured in."""
+    if _by_files(name, progress):
+        return progress.files, progress.files_total
+    return max(progress.size_bytes, progress.read_bytes), progress.size_total
+
+
+def _amounts(name: str, progress: Progress) -> list[str]:
+    """Files and bytes done, as far as they mean anything by now."""
+    if progress.phase == "opening":
+        return []
+    of_files = f" of {progress.files_total:,}" if progress.files_total else ""
+    of_bytes = f" of {format_size(progress.size_total)}" if progress.size_total else ""
+    files = counted(progress.files, "file") + of_files
+    size = format_size(max(progress.size_bytes, progress.read_bytes)) + of_bytes
+    if name != "check":
+        return [files, size]
+    if _by_files(name, progress):
+        return [files]
+    return [size] if progress.size_total else []  # a fast one reads none
+
+
+def _bar(done: int, total: int, elapsed_s: float, width: int) -> str:
+    """A bar, how much of it is done, and how long the rest takes at the speed so far."""
+    done = min(done, total)
+    room = max(10, min(_BAR_MAX, width - _BESIDE_BAR))
+    filled = room * done // total
+    left = f"  {format_duration(int((total - done) / done * elapsed_s))} left" if done else ""
+    return f"{'━' * filled}{'╌' * (room - filled)} {100 * done // total:3} %{left}"
+
+
+def _filled(cells: Sequence[str], width: int) -> list[str]:
+    """Cells in lines of at most `width` columns."""
+    lines: list[str] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + len(cell) + 2 <= width:
+            lines[-1] += f"  {cell}"
+        else:
+            lines.append(cell)
+    return lines
 
 
 def terminal() -> bool:

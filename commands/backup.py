@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coffret.commands.line import EPILOG
 from coffret.display import counted, paths_fields
 from coffret.engine.errors import UsageError
 from coffret.engine.settings import COMPRESSION_LEVELS
@@ -16,13 +17,17 @@ from coffret.engine.units import format_duration, format_size, parse_size
 if TYPE_CHECKING:
     from coffret.commands.running import Session
     from coffret.engine.filters import Filters
+    from coffret.engine.flow import ChannelStatistics
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
 
 # Done, but a part of the source could not be read.
 PARTLY = 3
 
 
-@click.command(help="Back up PATHs (default: the current directory) as one snapshot; `-` is standard input.")
+@click.command(
+    epilog=EPILOG,
+    help="Back up PATHs (default: the current directory) as one snapshot; `-` is standard input.",
+)
 @click.argument("paths", nargs=-1, metavar="[PATH]...")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches (gitignore rules, from /).")
 @click.option("--exclude-file", multiple=True, metavar="FILE", help="Leave out what matches a line of FILE.")
@@ -36,21 +41,26 @@ PARTLY = 3
 @click.option("--ignore-inode", is_flag=True, help="Do not take another inode number for a change.")
 @click.option("--ignore-ctime", is_flag=True, help="Do not take another ctime for a change.")
 @click.option("--compression", type=click.Choice(list(COMPRESSION_LEVELS)), default="default", show_default=True)
-@click.option("--dry-run", is_flag=True, help="Tell what would be done; store nothing.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be read and added; store nothing.")
 @click.option("--stdin-name", metavar="NAME", help="The file name for standard input.")
-@click.option("--stdin-command", metavar="CMD", help="Back up what CMD prints; fails when CMD fails.")
+@click.option(
+    "--stdin-command",
+    metavar="CMD",
+    help="Back up what CMD prints; fails when CMD fails. It is run without a shell: for pipes say \"sh -c '...'\".",
+)
 @click.pass_obj
 def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
     """Back up and report."""
     display = session.display
+    display.dry_run = given["dry_run"]
     filters = _filters(given)
 
     async def backup() -> int:
         from coffret.engine.stream import StreamSource
 
         source = StreamSource.asked_for(paths, name=given["stdin_name"], command=given["stdin_command"])
-        roots = [os.fsencode(path) for path in paths] or [os.fsencode(os.getcwd())]
-        async with session.repository() as repository:
+        roots = [os.fsencode(path) for path in paths] or [b"."]
+        async with session.repository(writing=not given["dry_run"]) as repository:
             options = _options(session, given, filters)
             summary = await repository.backup(source or roots, options, display.progress)
         return _report(session, summary, dry_run=given["dry_run"])
@@ -80,7 +90,6 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
 
     limits = Limits()
     workers = session.globals.workers or limits.workers
-    uploads = session.globals.connections or limits.uploads
     return BackupOptions(
         tags=[_text("--tag", tag) for tag in given["tag"]],
         host=_text("--host", given["host"]),
@@ -91,7 +100,7 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
         ignore_ctime=given["ignore_ctime"],
         level=COMPRESSION_LEVELS[given["compression"]],
         dry_run=given["dry_run"],
-        limits=Limits(workers=workers, uploads=uploads),
+        limits=Limits(workers=workers),
     )
 
 
@@ -108,13 +117,20 @@ def _text(option: str, value: str) -> str:
 
 
 def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
-    header, counts = summary.snapshot.header, summary.counts
-    done = "would create an" if dry_run else "created"
-    which = "unsigned snapshot" if dry_run else f"unsigned snapshot {summary.snapshot.short_id}"
-    tail = f", {counted(counts.errors, 'error')}" if counts.errors else ""
+    header, counts, progress = summary.snapshot.header, summary.counts, session.display.progress
     duration_s = summary.duration_ns / 1e9
+    size, duration = format_size(counts.size_bytes), format_duration(duration_s)
+    tail = f", {counted(counts.errors, 'error')}" if counts.errors else ""
+    if dry_run:
+        read = f"{counted(progress.read_files, 'file')} of {format_size(counts.read_bytes)} to read"
+        text = (
+            f"backup: would create an unsigned snapshot of size {size} in {duration}: "
+            f"{read}, {format_size(counts.added_bytes)} to add{tail}"
+        )
+    else:
+        text = f"backup: created unsigned snapshot {summary.snapshot.short_id} of size {size} in {duration}{tail}"
     session.display.summary(
-        f"backup: {done} {which} of size {format_size(counts.size_bytes)} in {format_duration(duration_s)}{tail}",
+        text,
         snapshot_id=None if dry_run else summary.snapshot.id,
         short_id=None if dry_run else summary.snapshot.short_id,
         parent_id=header.parent.hex() or None,
@@ -124,25 +140,30 @@ def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
         directories=counts.directories,
         others=counts.others,
         size_bytes=counts.size_bytes,
-        new=counts.new,
-        changed=counts.changed,
-        unmodified=counts.unmodified,
+        new=progress.new,
+        changed=progress.changed,
+        unmodified=progress.unmodified,
+        directories_new=progress.new_directories,
+        directories_changed=progress.changed_directories,
+        directories_unmodified=progress.unmodified_directories,
+        files_read=progress.read_files,
         bytes_read=counts.read_bytes,
         bytes_added=counts.added_bytes,
         bytes_stored=counts.stored_bytes,
         errors=counts.errors,
         duration_s=duration_s,
-        queues=[
-            {
-                "name": c.name,
-                "items": c.items,
-                "bytes": c.size_bytes,
-                "peak_items": c.peak_items,
-                "peak_bytes": c.peak_bytes,
-                "sender_wait_s": round(c.sender_wait_s, 4),
-                "receiver_wait_s": round(c.receiver_wait_s, 4),
-            }
-            for c in session.display.progress.channels
-        ],
+        queues=[_queue(channel) for channel in progress.channels],
     )
     return PARTLY if counts.errors else 0
+
+
+def _queue(channel: ChannelStatistics) -> dict[str, Any]:
+    return {
+        "name": channel.name,
+        "items": channel.items,
+        "bytes": channel.size_bytes,
+        "peak_items": channel.peak_items,
+        "peak_bytes": channel.peak_bytes,
+        "sender_wait_s": round(channel.sender_wait_s, 4),
+        "receiver_wait_s": round(channel.receiver_wait_s, 4),
+    }

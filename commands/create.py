@@ -6,21 +6,32 @@ import os
 
 import click
 
+from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
-from coffret.engine.repository import create_repository
+from coffret.engine.errors import UsageError
+from coffret.engine.passphrase import passphrase_is_set
+from coffret.engine.repository import bare_storage, create_repository
 
 
-@click.command(help="Create a repository. Its passphrase is asked for twice, or comes from COFFRET_PASSPHRASE….")
+@click.command(
+    epilog=EPILOG,
+    help="Create a repository. Its passphrase is asked for twice, or comes from COFFRET_PASSPHRASE,"
+    " COFFRET_PASSPHRASE_FILE or COFFRET_PASSPHRASE_COMMAND.",
+)
 @click.option("--no-encryption", is_flag=True, help="Make a repository that anyone who reaches it can read.")
 @click.pass_obj
 def command(session: Session, no_encryption: bool) -> int:
     """Create the repository and print its fingerprint."""
 
     async def create() -> int:
-        passphrase = None if no_encryption else new_passphrase()
-        config = await create_repository(session.globals.repository, passphrase=passphrase, options=session.options)
-        location = os.fsencode(session.globals.repository)
+        _refuse(session, no_encryption)
+        async with bare_storage(session.location, session.options):
+            pass  # what is no location at all is told before a passphrase is asked for
+        if_empty = "choose one; --no-encryption makes a repository without"
+        passphrase = None if no_encryption else new_passphrase(if_empty=if_empty)
+        config = await create_repository(session.location, passphrase=passphrase, options=session.options)
+        location = os.fsencode(session.location)
         kind = "without encryption" if no_encryption else "encrypted"
         session.display.summary(
             f"create: created repository {config.repository_id} {kind} at {printable(location)}",
@@ -31,3 +42,16 @@ def command(session: Session, no_encryption: bool) -> int:
         return 0
 
     return session.run(create)
+
+
+def _refuse(session: Session, no_encryption: bool) -> None:
+    """
+    :raises UsageError: if what is given contradicts itself
+    """
+    if session.globals.expect_id is not None:
+        raise UsageError("--expect-id is for a repository that exists: a new one gets a new id", remedy="leave it out")
+    if no_encryption and passphrase_is_set(os.environ):
+        raise UsageError(
+            "--no-encryption, and yet a passphrase is set",
+            remedy="leave out the one, or unset COFFRET_PASSPHRASE, COFFRET_PASSPHRASE_FILE and ..._COMMAND",
+        )

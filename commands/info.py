@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coffret.commands.line import EPILOG
 from coffret.engine.units import format_size
 
 if TYPE_CHECKING:
     from coffret.commands.running import Session
 
 
-@click.command(help="Tell what is known of the repository: id, format, sizes.")
+@click.command(epilog=EPILOG, help="Tell what is known of the repository: id, format, sizes.")
 @click.pass_obj
 def command(session: Session) -> int:
     """Show what the repository is and holds."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, common_path, split_target
-from coffret.display import path_fields, paths_fields, printable
+from coffret.display import counted, path_fields, paths_fields, printable
 from coffret.engine.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ TYPES = {
 }
 
 
-@click.command(help="List snapshots; or, of SNAPSHOT, all it holds; or, of SNAPSHOT:PATH, what PATH holds.")
+@click.command(
+    epilog=EPILOG,
+    help="List snapshots; or, of SNAPSHOT, all it holds; or, of SNAPSHOT:PATH, what PATH holds. What a backup could not"
+    " read stands below its listing.",
+)
 @click.argument("snapshot", required=False, metavar="[SNAPSHOT[:PATH]]")
 @click.option("-r", "--recursive", is_flag=True, help="List all that lies below PATH.")
 @click.pass_obj
@@ -48,7 +54,8 @@ def command(session: Session, snapshot: str | None, recursive: bool) -> int:
                 name, path = split_target(snapshot)
                 found = await repository.find_snapshot(name)
                 entries = await _entries(session, repository, found, path, recursive)
-                fields = {"snapshot_id": found.id, "entries": entries, "damaged": 0}
+                faults = await _faults(session, repository, found, path)
+                fields = {"snapshot_id": found.id, "entries": entries, "damaged": 0, "faults": faults}
         session.display.summary("", **fields)
         return PARTLY if fields["damaged"] else 0
 
@@ -61,12 +68,13 @@ def iso_time(time_ns: int) -> str:
 
 
 def show_snapshot(session: Session, snapshot: Snapshot) -> None:
-    """A line: time, short id, size, duration, path."""
+    """A line: time, short id, size, duration, path, and how many paths could not be read, if any."""
     header = snapshot.header
+    errors = f"   {counted(header.counts.errors, 'error')}" if header.counts.errors else ""
     duration_s = header.duration_ns / 1e9
     session.display.line(
         f"{iso_time(header.time_ns)}   {snapshot.short_id}   {format_size(header.counts.size_bytes):>8}"
-        f"   {format_duration(int(duration_s)):>5}   {' '.join(printable(root) for root in header.roots)}"
+        f"   {format_duration(int(duration_s)):>5}   {' '.join(printable(root) for root in header.roots)}{errors}"
     )
     session.display.item(
         snapshot_id=snapshot.id,
@@ -96,6 +104,20 @@ async def _entries(
             _show(session, prefix + entry.name, entry)
         count += len(entries)
     return count
+
+
+async def _faults(
+    session: Session, repository: Repository, snapshot: Snapshot, path: bytes | None
+) -> list[dict[str, str]]:
+    """Show what the backup could not read as it should, at a path and below; return it for JSON."""
+    recorded = await repository.faults(snapshot) if snapshot.header.counts.errors else []
+    below = (path or b"").rstrip(b"/")
+    found = [fault for fault in recorded if fault.path == below or fault.path.startswith(below + b"/")]
+    for fault in found:
+        session.display.aside(f"not backed up as it should be: {os.fsdecode(fault.path)}: {fault.reason}")
+    if len(recorded) < snapshot.header.counts.errors:
+        session.display.aside(f"{snapshot.header.counts.errors - len(recorded):,} more errors are not recorded")
+    return [{**path_fields(fault.path), "reason": fault.reason} for fault in found]
 
 
 def _owner(name: str, number: int) -> str:

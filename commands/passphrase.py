@@ -5,19 +5,36 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from anyio import to_thread
 
+from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
 from coffret.engine.errors import TargetError, UsageError, WrongPassphrase
 from coffret.engine.repository import bare_storage
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coffret.engine.repository import Repository
+
 NEW = "COFFRET_NEW_PASSPHRASE"
 
 
+class _Group(click.Group):
+    """A group that lists its commands with all that their help says, not with the beginning of it."""
+
+    def command(self, name: str, text: str) -> Callable[..., Any]:  # type: ignore[override]
+        """A command of this name, with this help."""
+        return super().command(name, help=text, short_help=text, epilog=EPILOG)
+
+
 @click.group(
+    cls=_Group,
+    epilog=EPILOG,
     no_args_is_help=False,
     help="Passphrases that open the repository. A new one is asked for twice on a terminal, or comes from"
     f" {NEW}, {NEW}_FILE or {NEW}_COMMAND.",
@@ -28,7 +45,7 @@ def command(context: click.Context) -> None:
     context.obj.display.command = f"passphrase {context.invoked_subcommand}"
 
 
-@command.command("add", help="Let another passphrase open the repository; or put back what a recovery file holds.")
+@command.command("add", "Let another passphrase open the repository; or put back what a recovery file holds.")
 @click.option("--label", default="", metavar="TEXT", help="What to know it by (default: this host's name).")
 @click.option("--from", "source", metavar="FILE", help="Put back config and passphrases from a recovery file.")
 @click.pass_obj
@@ -39,6 +56,7 @@ def add(session: Session, label: str, source: str | None) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
+            _check_encrypted(repository)
             fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.add(
                 repository.connector, repository.config_data, repository.secrets, fresh, label=label or platform.node()
@@ -49,14 +67,29 @@ def add(session: Session, label: str, source: str | None) -> int:
     return session.run((lambda: _recover(session, source, label)) if source else run)
 
 
+def _check_encrypted(repository: Repository) -> None:
+    """Say it before a passphrase is asked for.
+
+    :raises UsageError: if the repository has none
+    """
+    if not repository.config.encrypted:
+        raise UsageError(
+            "the repository has no encryption, and so no passphrase",
+            remedy="make another one with `coffret at REPO create` if it is to have one",
+        )
+
+
 async def _recover(session: Session, source: str, label: str) -> int:
     from coffret.engine.ops import recovery
 
+    if session.globals.expect_id is not None:
+        raise UsageError("--expect-id does not go with --from: the recovery file says the id", remedy="leave it out")
     try:
         text = await to_thread.run_sync(lambda: Path(source).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source}: {error}", remedy="give the file that `passphrase export` wrote") from None
-    async with bare_storage(session.globals.repository, session.options) as connector:
+    except (OSError, ValueError) as error:  # one is for bytes that are not UTF-8, one for a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else "no recovery file"
+        raise UsageError(f"{source}: {reason}", remedy="give the file that `passphrase export` wrote") from None
+    async with bare_storage(session.location, session.options) as connector:
         label = label or platform.node()
         try:
             found = await recovery.recover(connector, text, None, label=label)
@@ -72,7 +105,7 @@ async def _recover(session: Session, source: str, label: str) -> int:
     return 0
 
 
-@command.command("change", help="Put a new passphrase in the place of the one given.")
+@command.command("change", "Put a new passphrase in the place of the one given.")
 @click.option("--label", default="", metavar="TEXT", help="What to know it by (default: this host's name).")
 @click.option("--exclusive", is_flag=True, help="Vouch that no other host removes one now, where storage can't tell.")
 @click.pass_obj
@@ -83,6 +116,7 @@ def change(session: Session, label: str, exclusive: bool) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
+            _check_encrypted(repository)
             fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.change(
                 repository.connector,
@@ -99,7 +133,7 @@ def change(session: Session, label: str, exclusive: bool) -> int:
     return session.run(run)
 
 
-@command.command("rm", help="Make the passphrase with this id (see list) open nothing any more; never the last one.")
+@command.command("rm", "Make the passphrase with this id (see list) open nothing any more; never the last one.")
 @click.argument("slot", metavar="ID")
 @click.option("--exclusive", is_flag=True, help="Vouch that no other host removes one now, where storage can't tell.")
 @click.pass_obj
@@ -111,6 +145,7 @@ def rm(session: Session, slot: str, exclusive: bool) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
+            _check_encrypted(repository)
             found = passphrases.find_slot(await read_keyring(repository.connector), slot)
             await passphrases.remove(
                 repository.connector, repository.config_data, repository.secrets, found, exclusive=exclusive
@@ -121,7 +156,7 @@ def rm(session: Session, slot: str, exclusive: bool) -> int:
     return session.run(run)
 
 
-@command.command("list", help="List the passphrases that open the repository.")
+@command.command("list", "List the passphrases that open the repository.")
 @click.pass_obj
 def list_(session: Session) -> int:
     """List the slots."""
@@ -151,25 +186,23 @@ def list_(session: Session) -> int:
     return session.run(run)
 
 
-@command.command("export", help="Write a recovery file: config and passphrase slots, protected by the passphrases.")
-@click.argument("file", metavar="FILE")
+@command.command("export", "Write a recovery file: config and passphrase slots, protected by the passphrases.")
+@click.argument("file", metavar="FILE|-")
 @click.pass_obj
 def export(session: Session, file: str) -> int:
-    """Write the recovery file, never over another file."""
+    """Write the recovery file, never over another file; `-` is standard output."""
 
     async def run() -> int:
         from coffret.engine.ops import recovery
 
+        if file == "-" and session.globals.json:
+            raise UsageError("standard output can't take both JSON and the recovery file", remedy="give a FILE")
         async with session.repository() as repository:
             text = await recovery.export(repository.connector, repository.config_data, repository.secrets)
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as target:
-                target.write(text)
-                target.flush()
-                os.fsync(descriptor)
-        except OSError as error:
-            raise TargetError(f"{file}: {error.strerror}", remedy="choose another file") from None
+        if file == "-":
+            session.display.line(text.rstrip("\n"))
+            return 0
+        _write_new(file, text)
         shown = printable(os.fsencode(file))
         session.display.summary(
             f"passphrase: exported to {shown}; keep it away from the repository",
@@ -178,3 +211,23 @@ def export(session: Session, file: str) -> int:
         return 0
 
     return session.run(run)
+
+
+def _write_new(file: str, text: str) -> None:
+    """Write a file of one's own, durably, or none.
+
+    :raises TargetError: if it can't be made, or is there
+    :raises OSError: if it can't be written
+    """
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TargetError(f"{file}: {error.strerror}", remedy="choose another file") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as target:
+            target.write(text)
+            target.flush()
+            os.fsync(descriptor)
+    except OSError:
+        os.unlink(file)
+        raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, common_path, split_target
 from coffret.display import counted, path_fields, printable
 
@@ -17,13 +18,19 @@ if TYPE_CHECKING:
 PARTLY = 3
 
 
-@click.command(help="Restore SNAPSHOT, or what lies at PATH in it, into a directory (default: ./coffret-<short id>).")
+@click.command(
+    epilog=EPILOG,
+    help="Restore SNAPSHOT, or what lies at PATH in it, into a directory (default: ./coffret-<short id>).",
+)
 @click.argument("snapshot", metavar="SNAPSHOT[:PATH]")
 @click.option("--to", "target", metavar="DIR", help="Where to; receives the contents of the snapshot's root.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Restore only what matches (gitignore rules).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches.")
 @click.option(
-    "--overwrite", type=click.Choice(["always", "if-changed", "never"]), help="Into a directory that is not empty."
+    "--overwrite",
+    type=click.Choice(["always", "if-changed", "never"]),
+    help="What becomes of files that exist: always replaces them, if-changed those of another size or time, never none"
+    " of them. Without it none may exist.",
 )
 @click.option("--no-owner", is_flag=True, help="Do not restore owners.")
 @click.option("--sparse", is_flag=True, help="Keep the holes of sparse files.")
@@ -39,7 +46,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
             display.progress.subject = found.short_id
             into = target or f"coffret-{found.short_id}"
             summary = await repository.restore(
-                found, os.fsencode(into), path=path, options=_options(given), progress=display.progress
+                found, os.fsencode(into), path=path, options=_options(session, given), progress=display.progress
             )
         shown = printable(path or common_path(found.header.roots))
         ending = f"with {counted(summary.errors, 'error')}" if summary.errors else "successfully"
@@ -50,6 +57,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
             **path_fields(os.fsencode(into), "target"),
             files=summary.files,
             size_bytes=summary.size_bytes,
+            kept=summary.kept,
             errors=summary.errors,
             duration_s=summary.duration_s,
         )
@@ -58,7 +66,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
     return session.run(restore, progress=True)
 
 
-def _options(given: dict[str, Any]) -> RestoreOptions:
+def _options(session: Session, given: dict[str, Any]) -> RestoreOptions:
     from coffret.engine.ops.restore import RestoreOptions
 
     patterns = None
@@ -71,4 +79,5 @@ def _options(given: dict[str, Any]) -> RestoreOptions:
         patterns=patterns,
         owner=False if given["no_owner"] else None,
         sparse=given["sparse"],
+        workers=session.globals.workers,
     )

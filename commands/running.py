@@ -9,24 +9,30 @@ import signal
 import sys
 import traceback
 from contextlib import asynccontextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 import click
 
+from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
-from coffret.engine.errors import CoffretError, Damaged, UsageError, WrongPassphrase, reported
-from coffret.engine.passphrase import passphrase_from_environment, passphrase_variables
+from coffret.engine.errors import CoffretError, Damaged, OutOfSpace, UsageError, WrongPassphrase, reported
+from coffret.engine.passphrase import passphrase_from_environment, passphrase_is_set, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from coffret.cli import Globals
+    from coffret.commands.line import Globals
+    from coffret.connectors.errors import ConnectorError
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
+# A closed terminal is told to whoever runs in it, once by the kernel and once by the shell.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What `check` says of damage, also where it is so bad that nothing more can be checked.
 DAMAGE_FOUND = 4
 _SWITCH_S = 0.0005
@@ -39,27 +45,51 @@ class Session:
     def __init__(self, name: str, globals_: Globals) -> None:
         self.name, self.globals = name, globals_
         self.display = Display(name, quiet=globals_.quiet, verbose=globals_.verbose, as_json=globals_.json)
+        # What is to be done if the passphrase that was given is wrong.
+        self._check_passphrase = ""
 
     @property
+    def location(self) -> str:
+        """The repository that is meant, as it was given: on the line, or else in the environment.
+
+        :raises UsageError: if the environment's is empty
+        """
+        if self.globals.repository:
+            return self.globals.repository
+        location = os.environ.get("COFFRET_REPOSITORY", os.path.expanduser("~/.coffret"))
+        if not location:
+            raise UsageError("COFFRET_REPOSITORY is empty", remedy="give it a repository, or unset it")
+        return location
+
+    @cached_property
     def options(self) -> OpenOptions:
         """What the engine is told of this machine and the storage."""
         found = self.globals
         return OpenOptions(
             connector=found.options,
+            transfers=Transfers(
+                connections=found.connections,
+                upload=_rate(found.limit_upload),
+                download=_rate(found.limit_download),
+                on_retry=self._retrying,
+            ),
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
+            encrypted_only=passphrase_is_set(os.environ),
         )
 
+    def _retrying(self, what: str, error: ConnectorError) -> None:
+        self.display.note(f"{what} is tried again: {error}")
+
     @asynccontextmanager
-    async def repository(self) -> AsyncIterator[Repository]:
-        """The repository of the command line, opened."""
-        async with open_repository(self.globals.repository, passphrase=self.passphrase, options=self.options) as opened:
-            if not opened.config.encrypted and any(name in os.environ for name in passphrase_variables()):
-                raise UsageError(
-                    f"a passphrase is given, but the repository at {self.globals.repository} has no encryption",
-                    remedy="unset it if that is intended; otherwise do not trust this storage",
-                )
+    async def repository(self, *, writing: bool = False) -> AsyncIterator[Repository]:
+        """The repository of the command line, opened; `writing`: for a backup."""
+        async with open_repository(
+            self.location, passphrase=self.passphrase, options=self.options, writing=writing
+        ) as opened:
+            self._check_passphrase = ""  # it is right
+            self.display.storage_calls = self.options.calls[opened.connector.location]
             self.display.begin()
             try:
                 yield opened
@@ -74,21 +104,26 @@ class Session:
         """
         found = passphrase_from_environment(os.environ)
         if found is not None:
+            [variable] = (name for name in passphrase_variables() if name in os.environ)
+            self._check_passphrase = f"{variable} gives another than any of this repository's"
             return found
         if not terminal():
             raise WrongPassphrase("the repository is encrypted and no passphrase was given")
+        self._check_passphrase = "type it again: upper case, lower case and the keyboard's layout matter"
         return ask("repository passphrase: ")
 
     def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:
         """Run an operation in the event loop, with the display beside it if `progress`; return the exit code.
 
-        Ctrl-C and SIGTERM cancel it, and it ends cleanly; a second one kills it.
+        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it.
         """
         interrupted = False
 
         async def watch(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
             nonlocal interrupted
             async for number in signals:
+                if interrupted and number == signal.SIGHUP:
+                    continue
                 if interrupted:
                     self.display.close()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -97,7 +132,8 @@ class Session:
                 scope.cancel()
 
         async def guarded() -> int:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            # Who ignores one from the start, by `nohup` say, goes on doing so.
+            with anyio.open_signal_receiver(*(s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN)) as signals:
                 return await supervised(signals)
 
         async def supervised(signals: AsyncIterator[signal.Signals]) -> int:
@@ -123,7 +159,7 @@ class Session:
                 code = INTERRUPTED
             else:
                 return self._report(error)
-        if interrupted:
+        if interrupted and code == INTERRUPTED:  # not if all was done by then
             kept = "; what was stored is kept and will be taken up" if self.name in ("backup", "push") else ""
             self.display.error(Interrupted(f"interrupted{kept}"))
             return INTERRUPTED
@@ -144,10 +180,20 @@ class Session:
                 f"unexpected {type(inner).__name__}: {inner}",
                 remedy="this is a bug; COFFRET_TRACEBACK=1 tells where, please report it",
             )
-        if self.name == "check" and isinstance(known, Damaged):
-            known.exit_code = DAMAGE_FOUND
+        self._advise(known)
         self.display.error(known)
         return known.exit_code
+
+    def _advise(self, error: CoffretError) -> None:
+        """Let an error say what helps this command."""
+        if isinstance(error, WrongPassphrase) and error.remedy == WrongPassphrase.remedy:
+            error.remedy = self._check_passphrase or error.remedy
+        elif isinstance(error, OutOfSpace) and self.name in ("backup", "push"):
+            error.remedy += "; what was stored is kept"
+        elif isinstance(error, Damaged) and self.name == "check":
+            error.exit_code = DAMAGE_FOUND
+            if error.remedy == Damaged.remedy:
+                error.remedy = "nothing more can be checked without it; put it back from a copy of the repository"
 
 
 class Interrupted(CoffretError):
@@ -175,7 +221,8 @@ def invoke(command: click.Command, name: str, arguments: list[str], globals_: Gl
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.UsageError as error:
-        session.display.error(UsageError(error.format_message(), remedy=f"see `coffret {name} --help`"))
+        path = error.ctx.command_path if error.ctx else f"coffret {name}"
+        session.display.error(UsageError(error.format_message(), remedy=f"see `{path} --help`"))
         return UsageError.exit_code
     except CoffretError as error:
         session.display.error(error)
@@ -183,16 +230,18 @@ def invoke(command: click.Command, name: str, arguments: list[str], globals_: Gl
 
 
 def ask(prompt: str) -> bytes:
-    """A passphrase from the terminal, as UTF-8. Ctrl-C and SIGTERM end the program here, not when Enter is pressed.
+    """A passphrase from the terminal, as UTF-8. A signal ends the program here, not when Enter is pressed.
 
-    :raises Interrupted: if they do
+    :raises Interrupted: if one comes
+    :raises WrongPassphrase: if the terminal is at its end
     """
     # The event loop stands still meanwhile: the signals can't wait for it.
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOPPING}
     try:
         return getpass.getpass(prompt).encode("utf-8", "surrogateescape")
     except EOFError:
-        raise WrongPassphrase("no passphrase was given") from None
+        print(file=sys.stderr)
+        raise WrongPassphrase("no passphrase was typed", remedy="run the command again and type it") from None
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise Interrupted("interrupted") from None
@@ -201,21 +250,28 @@ def ask(prompt: str) -> bytes:
             signal.signal(number, handler)
 
 
-def new_passphrase(prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE") -> bytes:
+def new_passphrase(
+    prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE", *, if_empty: str = "choose one"
+) -> bytes:
     """A passphrase for something new: from the environment, or asked for twice on a terminal.
 
-    :raises UsageError: if there is none, or the two differ
+    `if_empty`: what to do when an empty one is typed.
+
+    :raises WrongPassphrase: if there is none
+    :raises UsageError: if it is empty, or the two differ
     """
     found = passphrase_from_environment(os.environ, prefix)
     if found is not None:
         return found
     if not terminal():
-        raise WrongPassphrase("a passphrase is needed and none was given")
+        value, file, command = passphrase_variables(prefix)
+        remedy = f"set {value}, {file} or {command}, or run on a terminal"
+        raise WrongPassphrase("a new passphrase is needed and none was given", remedy=remedy)
     first = ask(f"{prompt}: ")
     if not first:
-        raise UsageError("the passphrase is empty", remedy="choose one; --no-encryption makes a repository without")
+        raise UsageError("the passphrase is empty", remedy=if_empty)
     if ask(f"{prompt} (confirm): ") != first:
-        raise UsageError("the passphrases differ", remedy="try again")
+        raise UsageError("the passphrases differ", remedy="run the command again and type the same one twice")
     return first
 
 
@@ -224,9 +280,22 @@ def split_target(text: str) -> tuple[str, bytes | None]:
     snapshot, colon, path = text.partition(":")
     if not colon:
         return snapshot, None
-    return snapshot, b"/" + os.fsencode(path).strip(b"/")
+    return snapshot, os.path.normpath(b"/" + os.fsencode(path).lstrip(b"/"))
 
 
 def common_path(roots: Sequence[bytes]) -> bytes:
     """The path a snapshot's roots are shown under."""
     return roots[0] if len(roots) == 1 else os.path.commonpath(roots)
+
+
+def _rate(text: str | None) -> float | None:
+    """Bytes a second, of a `--limit-…`; None for no limit.
+
+    :raises UsageError: if it is no size, or so low that nothing would ever end
+    """
+    if text is None:
+        return None
+    rate = parse_size(text)
+    if rate < 1024:
+        raise UsageError(f"{text} bytes a second are too few", remedy="give a rate such as 500K or 10M")
+    return float(rate)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from coffret import __version__
+from coffret.commands.line import EPILOG
 
 if TYPE_CHECKING:
     from coffret.commands.running import Session
 
 
-@click.command(help="Print the version.")
+@click.command(epilog=EPILOG, help="Print the version.")
 @click.pass_obj
 def command(session: Session) -> int:
     """Print the version."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from coffret.connectors.errors import InvalidName, InvalidRange
@@ -107,6 +107,10 @@ class Connector(ABC):
     def notes(self) -> Sequence[str]:
         """What this storage can't promise or what went on there, for the user to know; it may grow."""
         return ()
+
+    def set_connections(self, count: int) -> None:
+        """Move so many objects at a time, instead of what suits the storage; to be called before it is used."""
+        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=count)
 
     def set_pace(self, pace: Pace) -> bool:
         """Whether this connector will ask `pace` before each piece that it moves; else whole objects are paid for."""

@@ -33,6 +33,9 @@ class Wrapper(Connector):
     def notes(self) -> Sequence[str]:
         return self.inner.notes
 
+    def set_connections(self, count: int) -> None:
+        self.inner.set_connections(count)
+
     def set_pace(self, pace: Pace) -> bool:
         return self.inner.set_pace(pace)
 

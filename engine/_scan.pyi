@@ -28,6 +28,7 @@ class EntryLoop:
         directory: bytes,
         prefix: bytes,
         real: bytes,
+        origin: bytes,
         scope: FilterScope | None,
         device: int,
         typed: bool,

@@ -13,20 +13,26 @@ from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
+from anyio import to_thread
 
-from coffret.connectors.errors import AlreadyExists, ConnectorError
+from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
-from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_index, decode_mark, encode
+from coffret.engine.index import open_index
+from coffret.engine.mirror import MirrorBusy
+from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, batches, put_once, read_listed
+from coffret.engine.packfile import pack_name
+from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
-    from coffret.connectors.base import Connector
+    from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
     from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.storecache import StoreCache
 
 _AT_ONCE = 8
 
@@ -41,15 +47,19 @@ class Lease(msgspec.Struct):
 
 
 class Attempt:
-    """One try. `begin` makes it known and learns the repository's state; `commit` ends it with a snapshot.
+    """One try. `announce` makes it known, `begin` learns the repository's state, `commit` ends it with a snapshot.
 
     After `begin`: `commits` as listed, `marked` the packs to be swept, `damaged` the index objects that can't be read
-    (with the reason): what only they locate is absent.
+    (with the reason): what only they locate is absent. `mirror` is the attempt's own view.
     """
 
-    def __init__(self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str) -> None:
+    def __init__(
+        self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str, kept: StoreCache | None = None
+    ) -> None:
         self.id = os.urandom(ATTEMPT_BYTES)
-        self._connector, self._sealer, self._mirror, self._what = connector, sealer, mirror, what
+        self._connector, self._sealer, self._what, self._kept = connector, sealer, what, kept
+        self.mirror = mirror.view()
+        self.mirror.relist = self._relist
         self.marked: frozenset[bytes] = frozenset()
         self.damaged: list[tuple[str, str]] = []
         self._leased = False
@@ -59,19 +69,28 @@ class Attempt:
     def _lease_name(self) -> str:
         return f"leases/{self.id.hex()}"
 
-    async def begin(self, *, lease: bool = True) -> None:
-        """Put the lease, then list trash, index and snapshots, and bring the mirror up to date.
+    async def announce(self) -> None:
+        """Put the lease; then it is to be refreshed by `keep`."""
+        self._leased = True
+        await self._put_lease()
 
-        Without a lease nothing may be written.
+    async def begin(self, *, audit: bool = False) -> None:
+        """List trash, index and snapshots, and bring the mirror up to date; `audit`: list packs in any case.
+
+        What is not announced may write nothing.
         """
-        if lease:
-            self._leased = True
-            await self._put_lease()
         self.marked = await open_marks(self._connector, self._sealer)
-        names = [info.name async for info in self._connector.list("index/")]
-        self.commits = await load_commits(self._connector, self._sealer)
+        listed = await list_index(self._connector)
+        self.commits = await load_commits(self._connector, self._sealer, self._kept)
+        await self._follow(listed, audit=audit)
+
+    async def _relist(self) -> None:
+        """A snapshot may have been committed, and listed, after its index objects were."""
+        await self._follow(await list_index(self._connector))
+
+    async def _follow(self, listed: list[ObjectInfo], *, audit: bool = False) -> None:
         self.damaged = await update_mirror(
-            self._connector, self._sealer, self._mirror, names, self.commits, own=self.id
+            self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit
         )
 
     async def keep(self) -> None:
@@ -91,18 +110,24 @@ class Attempt:
         body = seal_snapshot(self._sealer, snapshot)
         name = snapshot_name(self.id)
         try:
-            await self._connector.put(name, [body], if_absent=True)
+            await put_once(self._connector, name, body)
         except AlreadyExists:
-            # A put whose answer was lost is a success when the object is this one: each body holds a nonce.
-            if await self._connector.get(name) != body:
-                raise LeaseLost("another process ended this backup while it was at work") from None
+            raise LeaseLost("another process ended this backup while it was at work") from None
 
-    async def end(self) -> None:
-        """Take the lease away; its attempt never commits from now on."""
-        if not self._leased:
-            return
+    async def end(self) -> str:
+        """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".
+
+        One that stays is in nobody's way for longer than half an hour; how the attempt ended is what counts.
+        """
+        note = ""
         with anyio.CancelScope(shield=True):
-            await self._connector.delete(self._lease_name)
+            if self._leased:
+                try:
+                    await self._connector.delete(self._lease_name)
+                except ConnectorError as error:
+                    note = f"the lease could not be taken away: {error}"
+            await self.mirror.close()
+        return note
 
     async def _put_lease(self) -> None:
         lease = Lease(socket.gethostname(), os.getpid(), self._what, time.time_ns())
@@ -115,11 +140,11 @@ async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
 
     :raises Damaged: if a mark is
     """
-    names = {info.name async for info in connector.list("trash/")}
+    listed = {info.name: info async for info in connector.list("trash/")}
     packs: set[bytes] = set()
-    for name in names:
-        if name.rpartition("/")[2].isdigit() and f"{name}-done" not in names:
-            _, payload = sealer.open(sealing.MARK, name, await connector.get(name))
+    for name, info in listed.items():
+        if name.rpartition("/")[2].isdigit() and f"{name}-done" not in listed:
+            _, payload = sealer.open(sealing.MARK, name, await read_listed(connector, info, MAX_MARK_BYTES))
             try:
                 ids = decode_mark(payload).packs
             except UNDECODABLE as error:
@@ -128,30 +153,90 @@ async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
     return frozenset(packs)
 
 
+async def list_index(connector: Connector) -> list[ObjectInfo]:
+    """The index objects there are."""
+    return [info async for info in connector.list("index/")]
+
+
 async def update_mirror(
-    connector: Connector, sealer: Sealer, mirror: Mirror, names: list[str], commits: Commits, *, own: bytes = b""
+    connector: Connector,
+    sealer: Sealer,
+    mirror: Mirror,
+    listed: list[ObjectInfo],
+    commits: Commits,
+    *,
+    own: bytes = b"",
+    audit: bool = False,
 ) -> list[tuple[str, str]]:
     """Make the mirror's content exactly that of the index objects listed, fetching those it lacks.
 
     `own` is the caller's attempt, whose index objects it may rely on. Returns (name, reason) of those that are damaged:
-    they are left out, and looked at again next time.
+    they are left out, and looked at again next time. Where it is not known that all packs are there, or to `audit`,
+    they are listed, and `mirror.bad_packs` are those that are not.
     """
-    damaged: list[tuple[str, str]] = []
-    wanted = await mirror.reconcile(names, settled={*commits.committed, own.hex()}, revoked=commits.revoked)
+    settled = {*commits.committed, own.hex()}
+    updating = _Updating(connector, sealer, mirror, settled, commits.revoked)
+    try:
+        damaged = await updating.follow(listed)
+    except MirrorBusy as busy:
+        await mirror.leave(str(busy))
+        damaged = await updating.follow(listed)
+    if audit or not mirror.audited:
+        await find_bad_packs(connector, mirror)
+    return damaged
 
-    async def fetch(name: str, found: list[tuple[str, IndexObject]]) -> None:
+
+class _Updating:
+    """One update of a mirror: what goes for all of its steps."""
+
+    def __init__(
+        self, connector: Connector, sealer: Sealer, mirror: Mirror, settled: set[str], revoked: frozenset[str]
+    ) -> None:
+        self._connector, self._sealer, self._mirror = connector, sealer, mirror
+        self._settled, self._revoked = settled, revoked
+        self._damaged: list[tuple[str, str]] = []
+        self._vanished: list[str] = []
+
+    async def follow(self, listed: list[ObjectInfo]) -> list[tuple[str, str]]:
+        """Go by what is listed. What vanishes meanwhile is left out, if it still does after listing anew."""
+        await self._merge_all(listed)
+        if self._vanished:
+            await self._merge_all(await list_index(self._connector))
+        return sorted(self._damaged + [(name, f"{name}: is listed, but not there") for name in self._vanished])
+
+    async def _merge_all(self, listed: list[ObjectInfo]) -> None:
+        self._damaged, self._vanished = [], []
+        infos = {info.name: info for info in listed}
+        wanted = await self._mirror.reconcile(list(infos), settled=self._settled, revoked=self._revoked)
+        await self._mirror.merge([])
+        for batch in batches((infos[name] for name in wanted), _AT_ONCE):
+            found: list[tuple[str, IndexObject]] = []
+            async with anyio.create_task_group() as group:
+                for info in batch:
+                    group.start_soon(self._fetch, info, found)
+            await self._mirror.merge(found)
+
+    async def _fetch(self, info: ObjectInfo, found: list[tuple[str, IndexObject]]) -> None:
         try:
-            _, payload = sealer.open(sealing.INDEX, name, await connector.get(name))
-            found.append((name, decode_index(payload)))
-        except (Damaged, *UNDECODABLE) as error:
-            damaged.append((name, f"{name}: {str(error).removeprefix(f'{name}: ')}"))
+            data = await read_listed(self._connector, info, MAX_INDEX_BYTES)
+            found.append((info.name, await to_thread.run_sync(open_index, self._sealer, info.name, data)))
+        except NotFound:
+            self._vanished.append(info.name)
+        except Damaged as error:
+            self._damaged.append((info.name, str(error)))
 
-    if not wanted:
-        await mirror.merge([])
-    for at in range(0, len(wanted), _AT_ONCE):
-        found: list[tuple[str, IndexObject]] = []
-        async with anyio.create_task_group() as group:
-            for name in wanted[at : at + _AT_ONCE]:
-                group.start_soon(fetch, name, found)
-        await mirror.merge(found)
-    return sorted(damaged)
+
+async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
+    """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` is the result.
+
+    Packs of index objects that were listed before are there, or never will be again.
+    """
+    sizes = {info.name: info.size_bytes async for info in connector.list("packs/")}
+    bad: set[bytes] = set()
+    async for batch in mirror.packs():
+        bad.update(pack for pack, size_bytes in batch if sizes.get(pack_name(pack)) != size_bytes)
+    if bad and mirror.audited:
+        await mirror.doubt()
+    elif not bad:
+        await mirror.vouch(audited=True)
+    mirror.bad_packs = frozenset(bad)

@@ -7,6 +7,7 @@ can also tell which chunks a catalog itself consists of.
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 from bisect import bisect_left
@@ -17,7 +18,7 @@ import msgspec
 
 from coffret.engine.catalog import directory_key, split_path
 from coffret.engine.catalog_walk import LoadedPage, PageWalk, payload_length
-from coffret.engine.errors import Damaged
+from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.records import REF_BYTES, Extra, decode_xattrs, refs_length
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from coffret.engine.records import Entry, PageRef, Section
 
     Load = Callable[[Sequence[bytes]], Awaitable[list[bytes]]]
+    Lost = Callable[[bytes, str], None]
     BlockingLoad = Callable[[Sequence[bytes]], list[bytes]]
 
 _LISTS_AHEAD = 16
@@ -50,35 +52,77 @@ class Catalog:
     """The catalog of one snapshot. `load` turns packed refs into verified payloads, several at a time.
 
     Paths have no leading slash; the root's is b"". Memory is bounded by some dozens of pages. Every method raises
-    Damaged if what it reads is not well-formed.
+    Damaged if what it reads is not well-formed; but `lost`, if there is one, is told once of each page or node that is
+    damaged, by the path at which it begins (with a leading slash) and in words, and iterations go on without it.
     """
 
-    def __init__(self, root: bytes, depth: int, load: Load) -> None:
-        self._root, self._depth, self._load = root, depth, load
+    def __init__(self, root: bytes, depth: int, load: Load, *, lost: Lost | None = None) -> None:
+        self._root, self._depth, self._load, self._lost = root, depth, load, lost
+        # Refs of what is damaged; and how often something was met that is, which may be the same.
+        self._told: set[bytes] = set()
+        self._met = 0
+
+    @property
+    def survives(self) -> bool:
+        """Whether the damage that was met, if any, has left parts of the catalog that can be read."""
+        return self._met > 0
 
     async def pages(
         self, start: Key | None = None, stop: Key | None = None, *, reverse: bool = False
     ) -> AsyncIterator[tuple[PageRef, list[Section]]]:
         """Iterate over the pages that hold keys (`catalog.key_of`) in [start, stop), as they are stored."""
-        walk = PageWalk(self._root, self._depth, start or (b"", b""), stop, reverse=reverse)
-        while True:
-            while refs := walk.wanted():
-                walk.feed(await self._load(refs))
-            page = walk.take()
-            if page is None:
-                return
+        async for page in self._pages(self._walk(start, stop, reverse)):
             yield page.ref, page.sections
 
+    def _walk(self, start: Key | None, stop: Key | None, reverse: bool) -> PageWalk:
+        lost = None if self._lost is None else self._lose
+        return PageWalk(self._root, self._depth, start or (b"", b""), stop, reverse=reverse, lost=lost)
+
+    async def _pages(self, walk: PageWalk) -> AsyncIterator[LoadedPage]:
+        while True:
+            while refs := walk.wanted():
+                walk.feed(await self._read(refs))
+            page = walk.take()
+            if page is not None:
+                yield page
+            elif not walk.wanted():
+                return
+
+    async def _read(self, refs: Sequence[bytes]) -> Sequence[bytes | Damaged]:
+        """Payloads; where one can't be had, and that is not the end, why, in its place."""
+        try:
+            return await self._load(refs)
+        except Damaged as error:
+            if self._lost is None:
+                raise
+            if len(refs) == 1:
+                return [error]
+        return [(await self._read([ref]))[0] for ref in refs]
+
+    def _lose(self, ref: PageRef, after: PageRef | None, error: Damaged) -> None:
+        self._met += 1
+        if ref.ref in self._told or self._lost is None:
+            return
+        self._told.add(ref.ref)
+        first = _path_of(ref)
+        until = f"to {os.fsdecode(_path_of(after))}" if after else "to the end"
+        self._lost(first, f"{ref.entries} entries from {os.fsdecode(first)} {until} can't be read: {error}")
+
     async def find(self, path: bytes) -> Entry | None:
-        """The entry of a path, in as many requests as the catalog is deep."""
+        """The entry of a path, in as many requests as the catalog is deep.
+
+        :raises Damaged: if it may be in a page that is
+        """
         if path.startswith(b"/"):
             return None
         directory, name = split_path(path)
-        key = directory_key(directory)
+        key, met = directory_key(directory), self._met
         async for section in self._sections((key, name), (key, name + b"\0")):
             at = bisect_left(section.entries, name, key=_name)
             if at < len(section.entries) and section.entries[at].name == name:
                 return section.entries[at]
+        if self._met > met:
+            raise Damaged(f"the entry of /{os.fsdecode(path)} may be in a part of the catalog that can't be read")
         return None
 
     async def listing(self, path: bytes) -> AsyncIterator[list[Entry]]:
@@ -88,42 +132,53 @@ class Catalog:
             if entries := _named(section):
                 yield entries
 
-    async def walk(self, path: bytes = b"", *, reverse: bool = False) -> AsyncIterator[tuple[bytes, list[Entry]]]:
+    async def walk(
+        self, path: bytes = b"", *, reverse: bool = False, enter: Callable[[bytes], bool] | None = None
+    ) -> AsyncIterator[tuple[bytes, list[Entry]]]:
         """Iterate over (directory, entries): first a path's own entry alone, then what lies below, a page's worth each.
 
         A directory's listing may come in several parts. Reversed, everything comes backwards, the entries of each
-        part too. Nothing comes if there is no such path.
+        part too. Nothing comes if there is no such path. Of a directory that `enter` does not hold for nothing below
+        is read. Where the path's own entry can't be read, the path is taken for a directory.
         """
-        own = await self.find(path)
-        if own is None:
+        unread = False
+        try:
+            own = await self.find(path)
+        except Damaged:
+            if not self.survives:
+                raise
+            own, unread = None, True
+        if own is None and not unread:
             if not path:
                 raise Damaged("a catalog has no entry for the root")
             return
-        if not reverse:
+        if own and not reverse:
             yield split_path(path)[0], [own]
-        if stat.S_ISDIR(own.mode):
+        if own is None or stat.S_ISDIR(own.mode):
             key = directory_key(path)
-            async for section in self._sections((key, b""), (key + b"\1", b"") if key else None, reverse=reverse):
+            stop = (key + b"\1", b"") if key else None
+            async for section in self._sections((key, b""), stop, reverse=reverse, enter=enter):
                 if entries := _named(section):
                     yield section.directory, entries[::-1] if reverse else entries
-        if reverse:
+        if own and reverse:
             yield split_path(path)[0], [own]
 
     async def file_refs(self, entry: Entry) -> AsyncIterator[bytes]:
         """Iterate over a regular file's chunk list, in pieces of packed refs.
 
-        :raises Damaged: also if the chunks are more, or (of a file without holes) fewer bytes than the file has
+        :raises Damaged: also if the chunks are not as many bytes as the file has outside its holes
         """
         extra = entry.extra or _NO_EXTRA
+        expected = content_length(entry, await self.extents(entry))
         total = 0
         async for piece in self._lists(entry.content, extra.depth):
             length = refs_length(piece)
             total += length
             # Of a list that repeats itself only the file's size says where it ends.
-            if total > entry.size or not length:
+            if total > expected or not length:
                 raise Damaged(f"the chunks of {entry.name!r} are not those of a file of its size")
             yield piece
-        if total != entry.size and not (extra.extents or extra.extents_ref):
+        if total != expected:
             raise Damaged(f"the chunks of {entry.name!r} are fewer than a file of its size has")
 
     async def attributes(self, entry: Entry) -> Attributes:
@@ -134,26 +189,51 @@ class Catalog:
         extra = entry.extra
         if extra is None:
             return Attributes([], b"")
-        refs = [ref for ref in (extra.xattrs_ref, extra.extents_ref) if ref]
+        found = iter(await self._attributes(entry, [ref for ref in (extra.xattrs_ref, extra.extents_ref) if ref]))
+        xattrs = _decode_xattrs(next(found)) if extra.xattrs_ref else extra.xattrs
+        if any(not name or b"\0" in name for name, _ in xattrs):
+            raise Damaged(f"{entry.name!r} has an xattr of an impossible name")
+        return Attributes(xattrs, _checked(entry, next(found) if extra.extents_ref else extra.extents))
+
+    async def extents(self, entry: Entry) -> bytes:
+        """A sparse file's data extents alone, none of a file without holes.
+
+        :raises Damaged: also if they overlap or lie outside the file
+        """
+        extra = entry.extra or _NO_EXTRA
+        extents = (await self._attributes(entry, [extra.extents_ref]))[0] if extra.extents_ref else extra.extents
+        return _checked(entry, extents)
+
+    async def _attributes(self, entry: Entry, refs: list[bytes]) -> list[bytes]:
         lengths = [payload_length(ref, _MAX_ATTRIBUTE_BYTES) for ref in refs]
         payloads = await self._load(refs) if refs else []
         if lengths != [len(payload) for payload in payloads]:
             raise Damaged(f"attributes of {entry.name!r} have another length than their ref says")
-        found = iter(payloads)
-        xattrs = _decode_xattrs(next(found)) if extra.xattrs_ref else extra.xattrs
-        extents = next(found) if extra.extents_ref else extra.extents
-        if any(not name or b"\0" in name for name, _ in xattrs):
-            raise Damaged(f"{entry.name!r} has an xattr of an impossible name")
-        _check_extents(entry, extents)
-        return Attributes(xattrs, extents)
+        return payloads
 
-    async def _sections(self, start: Key, stop: Key | None, *, reverse: bool = False) -> AsyncIterator[Section]:
+    async def _sections(
+        self,
+        start: Key,
+        stop: Key | None,
+        *,
+        reverse: bool = False,
+        enter: Callable[[bytes], bool] | None = None,
+    ) -> AsyncIterator[Section]:
         """Sections of the directories in the range; the first and last may hold entries outside it."""
-        async for _, sections in self.pages(start, stop, reverse=reverse):
-            for section in reversed(sections) if reverse else sections:
+        walk = self._walk(start, stop, reverse)
+        async for page in self._pages(walk):
+            for section in reversed(page.sections) if reverse else page.sections:
                 key = directory_key(section.directory)
-                if start[0] <= key and (stop is None or (key, section.entries[0].name) < stop):
-                    yield section
+                if start[0] > key or (stop is not None and (key, section.entries[0].name) >= stop):
+                    continue
+                if enter is not None and (barred := _barred(section.directory, enter)) is not None:
+                    # The subtree may fill many pages.
+                    if reverse:
+                        walk.skip_back((barred, b""))
+                    else:
+                        walk.skip_to((barred + b"\1", b""))
+                    continue
+                yield section
 
     async def _lists(self, refs: bytes, depth: int) -> AsyncIterator[bytes]:
         if depth == 0:
@@ -172,6 +252,39 @@ class Catalog:
                     yield piece
 
 
+def clean_path(path: bytes) -> bytes:
+    """A path as a catalog has it: without slashes at its ends, doubled ones, and components `.`."""
+    return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
+
+
+def no_such_path(snapshot: str, path: bytes) -> UsageError:
+    """What to raise for a path (without a leading slash) that is not in a snapshot, given by its short id."""
+    return UsageError(
+        f"no /{os.fsdecode(path)} in snapshot {snapshot}",
+        remedy=f"see `coffret at REPO ls {snapshot}` for what is there",
+    )
+
+
+def content_length(entry: Entry, extents: bytes) -> int:
+    """How many bytes the chunks of a regular file have together: its size, or that of its data extents."""
+    return sum([length for _, length in _EXTENT.iter_unpack(extents)]) if extents else entry.size
+
+
+def _path_of(ref: PageRef) -> bytes:
+    """Where a page begins, as an absolute path."""
+    return b"/" + (ref.directory + b"/" + ref.name if ref.directory else ref.name)
+
+
+def _barred(directory: bytes, enter: Callable[[bytes], bool]) -> bytes | None:
+    """The key of the highest directory on the way to one (and with it) that is not to be entered."""
+    if enter(directory):
+        return None
+    at = directory.find(b"/")
+    while at >= 0 and enter(directory[:at]):
+        at = directory.find(b"/", at + 1)
+    return directory_key(directory if at < 0 else directory[:at])
+
+
 def _named(section: Section) -> list[Entry]:
     """The entries but the root directory's own."""
     return section.entries if section.entries[0].name else section.entries[1:]
@@ -184,9 +297,10 @@ def _decode_xattrs(payload: bytes) -> list[tuple[bytes, bytes]]:
         raise Damaged(f"stored xattrs do not decode: {error}") from None
 
 
-def _check_extents(entry: Entry, extents: bytes) -> None:
+def _checked(entry: Entry, extents: bytes) -> bytes:
+    """The extents, if an entry can have them."""
     if extents == _NO_DATA:
-        return
+        return extents
     if len(extents) % _EXTENT.size:
         raise Damaged(f"the extents of {entry.name!r} are cut short")
     end = 0
@@ -197,6 +311,7 @@ def _check_extents(entry: Entry, extents: bytes) -> None:
         end = offset + length
     if end > entry.size:
         raise Damaged(f"the extents of {entry.name!r} reach beyond its end")
+    return extents
 
 
 class Run(NamedTuple):
@@ -208,15 +323,17 @@ class Run(NamedTuple):
 
 
 class ParentCursor:
-    """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread.
+    """Follows a scan through its parent's catalog; `load` blocks, in the scan's thread. `recheck` sees each page first.
 
     Directories are sought in the catalog's order; pages between them are not read. Every method, and what it returns,
     raises Damaged if what is read is not well-formed.
     """
 
-    def __init__(self, root: bytes, depth: int, load: BlockingLoad) -> None:
+    def __init__(
+        self, root: bytes, depth: int, load: BlockingLoad, *, recheck: Callable[[LoadedPage], None] | None = None
+    ) -> None:
         self._walk = PageWalk(root, depth)
-        self._load = load
+        self._load, self._recheck = load, recheck
         self._page: LoadedPage | None = None
         # Of the current page: the next section, and where it begins.
         self._section = self._first = 0
@@ -263,4 +380,6 @@ class ParentCursor:
             walk.feed(self._load(refs))
             walk.skip_to(begin)
         self._page, self._section, self._first = walk.take(), 0, 0
+        if self._page is not None and self._recheck is not None:
+            self._recheck(self._page)
         return self._page

@@ -41,11 +41,21 @@ _START: Key = (b"", b"")
 
 @dataclass(slots=True, eq=False)
 class LoadedPage:
-    """A page as read: `entries` is how many it has in all its sections."""
+    """A page as read: `entries` is how many it has in all its sections; 0 if it must not be kept as it is."""
 
     ref: PageRef
     sections: list[Section]
     entries: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A page or node still to come: its first key, its ref, the ref behind it, and its payload once that is read."""
+
+    key: Key
+    ref: PageRef
+    after: PageRef | None
+    payload: bytes | Damaged = b""
 
 
 class PageWalk:
@@ -54,19 +64,29 @@ class PageWalk:
     The caller does the reading: while `wanted` returns refs, it feeds their payloads; then `take` has the next page,
     or None at the end. The first and last page may hold keys outside the range.
 
+    `lost` is told of each page or node that is damaged, by its ref and the one behind it, and the walk goes on without
+    it. If it is None, or the root is damaged, that is an error.
+
     :raises Damaged: in all methods, if the catalog is not well-formed
     """
 
     def __init__(
-        self, root: bytes, depth: int, start: Key = _START, stop: Key | None = None, *, reverse: bool = False
+        self,
+        root: bytes,
+        depth: int,
+        start: Key = _START,
+        stop: Key | None = None,
+        *,
+        reverse: bool = False,
+        lost: Callable[[PageRef, PageRef | None, Damaged], None] | None = None,
     ) -> None:
         if not 0 <= depth <= MAX_DEPTH:
             raise Damaged(f"a catalog of {depth} levels")
         payload_length(root)
-        self._start, self._stop, self._reverse = start, stop, reverse
+        self._start, self._stop, self._reverse, self._lost = start, stop, reverse, lost
         # What is still to come, nearest first: loaded pages, then refs of pages, of nodes, of nodes above them …
-        self._queues: list[deque[tuple[Key, PageRef, bytes]]] = [deque() for _ in range(depth + 2)]
-        self._queues[-1].append((_START, PageRef(b"", b"", root, _UNKNOWN, 0, 0), b""))
+        self._queues: list[deque[_Waiting]] = [deque() for _ in range(depth + 2)]
+        self._queues[-1].append(_Waiting(_START, PageRef(b"", b"", root, _UNKNOWN, 0, 0), None))
         self._asked = (0, 0)
         self._ahead = _AHEAD_FIRST
         self._edge: Key | None = None
@@ -80,33 +100,48 @@ class PageWalk:
                 refs: list[bytes] = []
                 size_bytes = 0
                 limit = self._ahead if height == 1 else max(1, self._ahead // _AHEAD_NODES)
-                for _, page, _ in queue:
-                    size_bytes += refs_length(page.ref)
+                for waiting in queue:
+                    size_bytes += refs_length(waiting.ref.ref)
                     if refs and (len(refs) == limit or size_bytes > _AHEAD_BYTES):
                         break
-                    refs.append(page.ref)
+                    refs.append(waiting.ref.ref)
                 self._asked = (height, len(refs))
                 self._ahead = min(self._ahead * 2, _AHEAD_MOST)
                 return refs
         return []
 
-    def feed(self, payloads: Sequence[bytes]) -> None:
-        """Take the payloads of the refs that `wanted` returned last."""
+    def feed(self, payloads: Sequence[bytes | Damaged]) -> None:
+        """Take the payloads of the refs that `wanted` returned last; an error for one that could not be read."""
         height, count = self._asked
         queue, below = self._queues[height], self._queues[height - 1]
         asked = [queue.popleft() for _ in range(count)]
-        for (key, ref, _), payload in zip(asked, payloads, strict=True):
+        for waiting, payload in zip(asked, payloads, strict=True):
+            waiting.payload = payload
             if height == 1:
-                below.append((key, ref, payload))
-            else:
-                below.extend(self._children(ref, payload))
+                below.append(waiting)
+                continue
+            try:
+                below.extend(self._children(waiting))
+            except Damaged as error:
+                self._lose(waiting, error)
 
     def take(self) -> LoadedPage | None:
         """The next page; None at the end, or while something is wanted."""
-        if not self._queues[0]:
-            return None
-        _, ref, payload = self._queues[0].popleft()
-        page = open_page(ref, payload)
+        while self._queues[0]:
+            waiting = self._queues[0].popleft()
+            try:
+                return self._open(waiting)
+            except Damaged as error:
+                self._lose(waiting, error)
+        return None
+
+    def _lose(self, waiting: _Waiting, error: Damaged) -> None:
+        if self._lost is None or waiting.ref.entries == _UNKNOWN:
+            raise error
+        self._lost(waiting.ref, waiting.after, error)
+
+    def _open(self, waiting: _Waiting) -> LoadedPage:
+        page = open_page(waiting.ref, _payload(waiting))
         last = page.sections[-1]
         first_key, last_key = key_of(page.ref.directory, page.ref.name), key_of(last.directory, last.entries[-1].name)
         near, far = (last_key, first_key) if self._reverse else (first_key, last_key)
@@ -120,22 +155,37 @@ class PageWalk:
         self._start = max(self._start, key)
         for height in range(len(self._queues) - 1, -1, -1):
             queue = self._queues[height]
-            while len(queue) > 1 and queue[1][0] <= key:
+            while len(queue) > 1 and queue[1].key <= key:
                 queue.popleft()
                 self._ahead = _AHEAD_FIRST
-            if queue and queue[0][0] <= key:
+            if queue and queue[0].key <= key:
                 for nearer in self._queues[:height]:
                     if nearer:
                         nearer.clear()
                         self._ahead = _AHEAD_FIRST
                 return
 
-    def _children(self, ref: PageRef, payload: bytes) -> list[tuple[Key, PageRef, bytes]]:
-        keys, refs = open_node(ref, payload)
+    def skip_back(self, key: Key) -> None:
+        """Leave out, when walking backwards, pages that begin at `key` or behind it, without reading them."""
+        self._stop = key if self._stop is None else min(self._stop, key)
+        for queue in self._queues:
+            while queue and queue[0].key >= key:
+                queue.popleft()
+                self._ahead = _AHEAD_FIRST
+
+    def _children(self, waiting: _Waiting) -> list[_Waiting]:
+        keys, refs = open_node(waiting.ref, _payload(waiting))
         first = max(bisect_right(keys, self._start) - 1, 0)
         end = len(keys) if self._stop is None else bisect_left(keys, self._stop)
-        found = [(keys[at], refs[at], b"") for at in range(first, end)]
+        behind = [*refs[1:], waiting.after]
+        found = [_Waiting(keys[at], refs[at], behind[at]) for at in range(first, end)]
         return found[::-1] if self._reverse else found
+
+
+def _payload(waiting: _Waiting) -> bytes:
+    if isinstance(waiting.payload, Damaged):
+        raise waiting.payload
+    return waiting.payload
 
 
 def payload_length(ref: bytes, limit_bytes: int = _MAX_PAYLOAD_BYTES) -> int:

@@ -64,7 +64,7 @@ class Chunking:
         async def deliver(kind: str, slab: Slab, results: BatchResult) -> None:
             await self._batch_done(reads, slab, results)
 
-        await self._pool.submit(Job("batch", [read.path for read in reads], deliver))
+        await self._pool.submit(Job("batch", [read.source for read in reads], deliver))
 
     async def _batch_done(self, reads: list[Read], slab: Slab, results: BatchResult) -> None:
         read_ns, stats, contents, xattrs, unusual = results
@@ -117,7 +117,7 @@ class Chunking:
                 if not read.page.missing:
                     await self._pages.send(read.page)
 
-        return Job("file", [read.path], deliver)
+        return Job("file", [read.source], deliver)
 
     def _fill(self, read: Read, result: str | Result, chunks: RefList | None = None) -> None:
         """Put a file's entry in its place, or report why there is none; `chunks`: what a stream consists of."""

@@ -7,6 +7,7 @@ the same interpreter. The first frame, of keys and parameters, never stands on a
     to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)
                       ("free", slab)
     from the worker   ("batch", job, slab, results)   ("piece", job, slab, offset, refs)   ("file", job, result)
+                      ("error", reason)
 
 A file's result is an error text, or (stat, read_ns, refs, extents, xattrs, note): `stat` as STAT_FIELDS, `refs` packed,
 `extents` packed if sparse, `note` a fault that did not stop it. A batch's are (read_ns, stats, contents, xattrs,
@@ -17,30 +18,45 @@ parent to ask for anew. Nothing waits for a slab while it holds one: the tail of
 
 from __future__ import annotations
 
-import gc
+import errno
 import mmap
 import os
-import signal
 import stat
 import struct
-import sys
 from time import time_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from coffret.engine._read import FIELDS_FORMAT, SmallReader
+from coffret.engine._read import FIELDS_FORMAT, SmallReader, file_system_type, open_real
 from coffret.engine.chunker import Chunker
 from coffret.engine.frames import put_frame, take_frames
+from coffret.engine.workermain import run_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STAT_FIELDS = ("mode", "uid", "gid", "size", "mtime_ns", "ctime_ns", "inode", "device", "nlink")
 PATH_MAX = 4096
 _PACK_REF = struct.Struct("<32sI").pack
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OPEN_QUIETLY = _OPEN | os.O_NOATIME
+_STEP = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _PROBES = 16
+# What a file may hold whose size is not known before it is read.
+_UNBOUNDED = 1 << 62
+_CHANGED = "changed while it was read"
 # What the kernel copies in one system call, with next to no time between the first byte and the last.
 _AT_ONCE_BYTES = 128 << 10
+# File systems that hold no data of their own, by the magic numbers of statfs(2): proc, sysfs, cgroup, cgroup2,
+# debugfs, tracefs, securityfs, devpts, pstore, bpf, configfs, efivarfs, binfmt_misc, mqueue, fusectl, selinuxfs,
+# nsfs, rpc_pipefs.
+PSEUDO = frozenset(
+    (
+        *(0x9FA0, 0x62656572, 0x27E0EB, 0x63677270, 0x64626720, 0x74726163, 0x73636673, 0x1CD1, 0x6165676C),
+        *(0xCAFE4A11, 0x62656570, 0xDE5E81E4, 0x42494E4D, 0x19800202, 0x65735543, 0xF97CFF8C, 0x6E736673, 0x67596969),
+    )
+)
 # The extents of a file that is one hole: an extent of no length, since no extents at all mean a file without holes.
 NO_DATA = bytes(16)
 
@@ -51,23 +67,42 @@ BatchResult = tuple[int, bytes, list[bytes | None], dict[int, Xattrs], dict[int,
 iter_stats = struct.Struct(FIELDS_FORMAT).iter_unpack
 
 
-def open_path(path: bytes, flags: int, *, mode: int = 0) -> int:
-    """`os.open` for paths of any length: those beyond PATH_MAX are walked by directory descriptors.
+def open_path(path: bytes, flags: int) -> int:
+    """Open an absolute path of any length that links may lead along; beyond PATH_MAX by directory descriptors.
 
     :raises OSError: as os.open
     """
+    return _open_stepwise(path, lambda part, folder: os.open(part, flags, dir_fd=folder), _follow)
+
+
+def open_unlinked(path: bytes, flags: int) -> int:
+    """The same for a path none of whose components may be a link.
+
+    :raises OSError: as os.open, ELOOP for a link
+    """
     if len(path) < PATH_MAX:
-        return os.open(path, flags, mode)
-    folder = os.open(b"/" if path[:1] == b"/" else b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_real(path, flags)
+    return _open_stepwise(path, lambda part, folder: open_real(part, flags, folder), _do_not_follow)
+
+
+def _follow(part: bytes, folder: int) -> int:
+    return os.open(part, _STEP, dir_fd=folder)
+
+
+def _do_not_follow(part: bytes, folder: int) -> int:
+    return open_real(part, _STEP, folder)
+
+
+def _open_stepwise(path: bytes, last: Callable[[bytes, int], int], step: Callable[[bytes, int], int]) -> int:
+    folder, rest = os.open(b"/", _STEP), path.strip(b"/") or b"."
     try:
-        rest = path.strip(b"/")
         while len(rest) >= PATH_MAX:
             at = rest.rindex(b"/", 0, PATH_MAX - 1)
             head, rest = rest[:at], rest[at + 1 :]
-            deeper = os.open(head, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+            deeper = step(head, folder)
             os.close(folder)
             folder = deeper
-        return os.open(rest, flags, mode, dir_fd=folder)
+        return last(rest, folder)
     finally:
         os.close(folder)
 
@@ -75,9 +110,9 @@ def open_path(path: bytes, flags: int, *, mode: int = 0) -> int:
 def open_source(path: bytes) -> int:
     """Open a file to be read, without touching its access time where that is allowed (to its owner and root)."""
     try:
-        return os.open(path, _OPEN_QUIETLY) if len(path) < PATH_MAX else open_path(path, _OPEN_QUIETLY)
+        return open_unlinked(path, _OPEN_QUIETLY)
     except PermissionError:
-        return open_path(path, _OPEN)
+        return open_unlinked(path, _OPEN)
 
 
 def read_xattrs(target: int | bytes, *, follow: bool = True) -> list[tuple[bytes, bytes]]:
@@ -98,17 +133,35 @@ def read_xattrs(target: int | bytes, *, follow: bool = True) -> list[tuple[bytes
 
 
 def data_extents(fd: int, size: int) -> list[tuple[int, int]]:
-    """(offset, length) of what is not a hole, by SEEK_DATA and SEEK_HOLE."""
+    """(offset, length) of what is not a hole, by SEEK_DATA and SEEK_HOLE; all of the file if they are not supported.
+
+    :raises OSError: if they fail
+    """
     found, at = [], 0
-    while at < size:
-        try:
-            begin = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            break
-        at = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
-        if begin < at:
-            found.append((begin, at - begin))
+    try:
+        while at < size:
+            begin = _seek(fd, at, os.SEEK_DATA)
+            if begin is None:  # only a hole is left
+                break
+            end = _seek(fd, begin, os.SEEK_HOLE)
+            at = size if end is None else min(end, size)  # None: it was cut off meanwhile, as reading will show
+            if begin < at:
+                found.append((begin, at - begin))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return [(0, size)]
+        raise
     return found
+
+
+def _seek(fd: int, offset: int, whence: int) -> int | None:
+    """lseek(2); None if there is nothing of the kind from the offset on."""
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
 
 
 class Worker:
@@ -197,14 +250,17 @@ class Worker:
             if before.st_blocks * 512 < size and (found := data_extents(fd, size)) != [(0, size)]:
                 return self._sparse(fd, before, found, view, at, read_ns)
             # One byte more than expected tells a file that has grown.
-            got = read_cached(fd, view[at : at + size + 1]) if size else 0
-            if got != size:
-                note = "changed while it was read"
-                got = min(got, size)
-            else:
-                # What one read took at once needs no second look: a later change shows in the times, and one in the
-                # same tick makes the file racy.
-                note = changed(before, os.fstat(fd)) if size > _AT_ONCE_BYTES else ""
+            got, at_once = read_cached(fd, view[at : at + size + 1])
+            if got and not size:  # it does not say how long it is, or has just been begun
+                return None, at
+            note = ""
+            if got > size or (got < size and not pseudo(fd)):
+                note = _CHANGED
+            elif not at_once or size > _AT_ONCE_BYTES:
+                # What one read took from memory needs no second look: a later change shows in the times, and one in
+                # the same tick makes the file racy.
+                note = changed(before, os.fstat(fd))
+            got = min(got, size)
             data = view[at : at + got]
             return (fields(before, got), read_ns, self._refs(data), b"", read_xattrs(fd), note), at + got
         finally:
@@ -216,7 +272,7 @@ class Worker:
         expected, got = sum(length for _, length in found), 0
         for offset, length in found:
             got += read_fully(fd, view[at + got : at + got + length], offset)
-        note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
+        note = changed(before, os.fstat(fd)) if got == expected else _CHANGED
         extents = pack_extents(found if got == expected else clip(found, got)) or NO_DATA
         data, xattrs = view[at : at + got], read_xattrs(fd)
         return (fields(before, before.st_size), read_ns, self._refs(data), extents, xattrs, note), at + got
@@ -243,12 +299,14 @@ class Worker:
                 self._send(("file", job, "is no regular file any more"))
                 return
             size = before.st_size
-            segments, extents = [(0, size)], b""
+            # What is empty by its size and not by its content, as in /proc, is read to its end.
+            segments, extents = [(0, size or _UNBOUNDED)], b""
             if before.st_blocks * 512 < size and (found := data_extents(fd, size)) != segments:
                 segments, extents = found, pack_extents(found) or NO_DATA
             got = self._stream(job, fd, segments, size)
-            expected = sum(length for _, length in segments)
-            note = changed(before, os.fstat(fd)) if got == expected else "changed while it was read"
+            expected = sum(length for _, length in segments) if size else got
+            whole = got == expected or (not extents and pseudo(fd))
+            note = changed(before, os.fstat(fd)) if whole else _CHANGED
             stored = fields(before, size if extents else got)
             if got < expected and extents:
                 # What is missing at the end was cut off: keep only the extents that were read.
@@ -310,10 +368,20 @@ def fields(status: os.stat_result, size: int) -> tuple[int, ...]:
 
 
 def changed(before: os.stat_result, after: os.stat_result) -> str:
-    """What to report when a file was written to while it was read; empty if it was not."""
-    if before.st_mtime_ns == after.st_mtime_ns and before.st_size == after.st_size:
-        return ""
-    return "changed while it was read"
+    """What to report when a file was written to while it was read; empty if it was not.
+
+    By its ctime too, unless another change explains that: who writes and puts the mtime back can't put back this.
+    """
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        return _CHANGED
+    others = (before.st_mode, before.st_uid, before.st_gid, before.st_nlink)
+    explained = others != (after.st_mode, after.st_uid, after.st_gid, after.st_nlink)
+    return "" if explained or before.st_ctime_ns == after.st_ctime_ns else _CHANGED
+
+
+def pseudo(fd: int) -> bool:
+    """Whether a file's content is made as it is read: then its size tells nothing."""
+    return file_system_type(b"/proc/self/fd/%d" % fd) in PSEUDO
 
 
 def pack_extents(extents: list[tuple[int, int]]) -> bytes:
@@ -343,20 +411,21 @@ def read_fully(fd: int, view: memoryview, offset: int) -> int:
     return got
 
 
-def read_cached(fd: int, view: memoryview) -> int:
-    """Read a small file from its start; what had to come from the disk does not stay in the page cache.
+def read_cached(fd: int, view: memoryview) -> tuple[int, bool]:
+    """Read a small file from its start, up to a byte more than it should have: (bytes, whether one read took them).
 
-    A backup must not push a server's working set out of memory.
+    What had to come from the disk does not stay in the page cache: a backup must not push a server's working set out
+    of memory.
     """
     try:
         got = os.preadv(fd, [view], 0, os.RWF_NOWAIT)
     except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system can't tell
         got = 0
-    if got >= len(view) - 1:
-        return got
+    if got >= max(1, len(view) - 1):
+        return got, True
     got += read_fully(fd, view[got:], got)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return got
+    return got, False
 
 
 def mostly_cached(fd: int, size: int) -> bool:
@@ -370,15 +439,5 @@ def mostly_cached(fd: int, size: int) -> bool:
     return found > _PROBES // 2
 
 
-def main() -> None:
-    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()  # nothing here is cyclic
-    try:
-        Worker(*map(int, sys.argv[1:6])).run()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_worker(Worker)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from coffret.engine.flow import Channel, Sender
+    from coffret.engine.index import IndexWriter
     from coffret.engine.known import KnownChunks
     from coffret.engine.messages import Run
     from coffret.engine.progress import Progress
@@ -75,8 +76,13 @@ class Gatherer:
         return block
 
 
-async def dedup_stage(inbox: Channel[Run], outbox: Sender[RawBlock], *, known: KnownChunks, progress: Progress) -> None:
-    """Drop chunks that are known; send the others on in blocks. Slabs of which nothing is new go back at once."""
+async def dedup_stage(
+    inbox: Channel[Run], outbox: Sender[RawBlock], *, known: KnownChunks, index: IndexWriter, progress: Progress
+) -> None:
+    """Drop chunks that are known; send the others on in blocks. Slabs of which nothing is new go back at once.
+
+    What is adopted is held in memory until it is indexed, though no pack comes.
+    """
     data, meta = Gatherer(meta=False), Gatherer(meta=True)
     with outbox:
         async for run in inbox:
@@ -87,6 +93,8 @@ async def dedup_stage(inbox: Channel[Run], outbox: Sender[RawBlock], *, known: K
                 await outbox.send(block)
             if run.slab is not None:
                 run.slab.release()
+            if known.adopted:
+                await index.relieve()
         for block in (*data.rest(), *meta.rest()):
             progress.added_bytes += block.raw_bytes
             await outbox.send(block)

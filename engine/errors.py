@@ -16,7 +16,21 @@ CoffretError                1
 └── WorkerDied              1   a process of the pool ended unexpectedly
 """
 
+import errno
+import os
+
 from coffret.connectors import errors as connector_errors
+
+# What helps where the operating system refuses, whoever asked it.
+_REMEDIES = {
+    errno.ENOMEM: "end other programs, use fewer --workers, or raise the limit (ulimit -v)",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or use a file system that takes larger files",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), or use fewer --workers",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# How a RuntimeError of `threading` and an ImportError of the dynamic loader say it.
+_NO_MEMORY = ("can't start new thread", "failed to map segment")
 
 
 class CoffretError(Exception):
@@ -71,7 +85,11 @@ class Damaged(CoffretError):
 
 
 class ChunkMissing(Damaged):
-    """A chunk that is needed has no usable copy."""
+    """A chunk that is needed has no usable copy; `pack`: the id of the pack that should hold it, if one should."""
+
+    def __init__(self, message: str, *, pack: bytes | None = None) -> None:
+        super().__init__(message)
+        self.pack = pack
 
 
 class StorageError(CoffretError):
@@ -82,7 +100,7 @@ class OutOfSpace(StorageError):
     """No space left where something was to be written."""
 
     exit_code = 13
-    remedy = "free some space and run the command again; what was stored is kept"
+    remedy = "free some space and run the command again"
 
 
 class LeaseLost(CoffretError):
@@ -133,5 +151,21 @@ def _translated(error: BaseException) -> CoffretError | None:
     if isinstance(error, connector_errors.PermissionRefused):
         return StorageError(str(error), remedy="check the permissions of the storage")
     if isinstance(error, connector_errors.ConnectorError):
-        return StorageError(str(error), remedy="check the storage and run the command again")
+        number = getattr(error.__cause__, "errno", 0)
+        return StorageError(str(error), remedy=_REMEDIES.get(number, "check the storage and run the command again"))
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return CoffretError("not enough memory", remedy=_REMEDIES[errno.ENOMEM])
+    known = _refused(error) if isinstance(error, OSError) else None
+    if known is None and error.__cause__ is not None:
+        return _translated(error.__cause__)
+    return known
+
+
+def _refused(error: OSError) -> CoffretError | None:
+    """What to report if the operating system had too little of something; None if it refused for another reason."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    if error.errno in _FULL:
+        return OutOfSpace(f"{where}{error.strerror}")
+    if error.errno in _REMEDIES:
+        return CoffretError(f"{where}{error.strerror}", remedy=_REMEDIES[error.errno])
     return None

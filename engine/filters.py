@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from coffret.engine.errors import UsageError
+from coffret.engine.globs import ANY_DEPTH, parse_components
 from coffret.engine.patterns import RuleSet, rule_lines
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class PathPatterns:
 
     def __init__(self, includes: Sequence[str] = (), excludes: Sequence[str] = ()) -> None:
         self.active = bool(includes or excludes)
+        self._texts = [*includes, *excludes]
         self._root = _View(
             RuleSet(_arguments(includes)).start, RuleSet(_arguments(excludes)).start, not includes, False
         )
@@ -154,6 +156,10 @@ class PathPatterns:
         """Whether anything in a directory or below it could be wanted. False is certain, True is not."""
         view = self._view(directory)
         return not view.excluded and (view.included or view.includes.may_ignore)
+
+    def idle(self, start: bytes) -> list[str]:
+        """Patterns that can match nothing at or below a path, as they were given; see `idle_patterns`."""
+        return idle_patterns(self._texts, [start])
 
     def _view(self, directory: bytes) -> _View:
         missing = []
@@ -186,6 +192,26 @@ class _View:
     def enter(self, name: bytes) -> _View:
         """The view from the directory `name` in this one."""
         return _View(self.includes.enter(name), self.excludes.enter(name), *self.judge(name, True))
+
+
+def idle_patterns(patterns: Sequence[str], roots: Sequence[bytes]) -> list[str]:
+    """Of patterns that were meant to begin in some directory, as a shell's do, those that match nothing below `roots`.
+
+    With a slash in it a pattern begins at `/`, whether it says so or not: `./notes` never matches, and `me/notes` does
+    not where everything lies in `home`. Roots are without a leading slash; b"" is all.
+    """
+    tops = [root.split(b"/")[0] for root in roots]
+    return [text for text, given in zip(patterns, _arguments(patterns), strict=True) if _is_idle(given, tops)]
+
+
+def _is_idle(pattern: str, tops: Sequence[bytes]) -> bool:
+    body = pattern.removeprefix("!").removesuffix("/")
+    components = parse_components(body) if "/" in body and not body.startswith("/") else None
+    if components is None or components[0] is ANY_DEPTH:
+        return False
+    if any(glob.literal in (b".", b"..") for glob in components):
+        return True
+    return not any(not top or components[0].matches(top) for top in tops)
 
 
 def _descend(cursor: Cursor, directory: bytes) -> Cursor:

@@ -9,7 +9,24 @@ import anyio
 from anyio import to_thread
 
 from coffret.engine import sealing
-from coffret.engine.records import REF_BYTES, UNNAMED, Block, IndexObject, PackTable, encode, iter_refs, pack_ref
+from coffret.engine.errors import Damaged
+from coffret.engine.mirror import MirrorBusy
+from coffret.engine.objects import put_once
+from coffret.engine.packfile import MAX_RAW_BYTES
+from coffret.engine.records import (
+    ID_BYTES,
+    REF_BYTES,
+    UNDECODABLE,
+    UNNAMED,
+    Block,
+    IndexObject,
+    PackTable,
+    decode_index,
+    encode,
+    iter_refs,
+    pack_ref,
+    refs_length,
+)
 from coffret.engine.settings import INDEX_EVERY_BYTES, INDEX_EVERY_CHUNKS, INDEX_EVERY_S
 
 if TYPE_CHECKING:
@@ -21,6 +38,10 @@ if TYPE_CHECKING:
     from coffret.engine.sealing import Sealer
 
 
+# How often `IndexWriter.keep` looks whether it is time (s).
+_LOOK_EVERY_S = 10.0
+
+
 def index_name(attempt: bytes, number: int) -> str:
     """The object name of an attempt's index object."""
     return f"index/{attempt.hex()}-{number}"
@@ -28,6 +49,8 @@ def index_name(attempt: bytes, number: int) -> str:
 
 class IndexWriter:
     """Collects the tables of stored packs and puts index objects: when enough has come together, and at the end.
+
+    What the attempt relies on without having stored it (`KnownChunks.adopted`) counts like what it has stored.
 
     An object is put only after the packs it names are durable, and merged into the mirror only after it is durable.
     Without a mirror (a dry run) nothing becomes known.
@@ -48,40 +71,81 @@ class IndexWriter:
         self._tables.append(table)
         self._chunks += sum(len(block.refs) for block in table.blocks) // REF_BYTES
         self._bytes += table.size_bytes
+        await self.relieve()
+
+    async def relieve(self) -> None:
+        """Publish if enough has come together, or some time ago."""
         if (
-            self._chunks >= INDEX_EVERY_CHUNKS
+            self._chunks + len(self._known.adopted) >= INDEX_EVERY_CHUNKS
             or self._bytes >= INDEX_EVERY_BYTES
             or monotonic() - self._last >= INDEX_EVERY_S
         ):
             await self.flush()
 
+    async def keep(self) -> None:
+        """Publish in time, until cancelled, also while no pack comes."""
+        while True:
+            await anyio.sleep(_LOOK_EVERY_S)
+            await self.relieve()
+
     async def flush(self) -> None:
         """Publish what has come together, with the locations that are relied on."""
         async with self._turn:
-            adopted, self._known.adopted = self._known.adopted, {}
-            tables = self._tables + adopted_tables(adopted)
+            adopted, tables = self._known.take_adopted(), self._tables
             self._tables, self._chunks, self._bytes, self._last = [], 0, 0, monotonic()
-            if not tables:
+            if not tables and not adopted:
                 return
             name = index_name(self._attempt, self._number)
             self._number += 1
-            index = IndexObject(tables)
             try:
-                body = await to_thread.run_sync(self._seal, name, index)
-                await self._connector.put(name, [body], if_absent=True)
+                index, body = await to_thread.run_sync(self._seal, name, tables, adopted)
+                await put_once(self._connector, name, body)
             except BaseException:
                 # Another try, if there is one, takes them up, under a name of its own.
                 self._tables = tables + self._tables
+                self._known.adopt(adopted)
                 raise
             if self._mirror is None:
                 return
-            await self._mirror.merge([(name, index)])
+            try:
+                await self._mirror.merge([(name, index)])
+            except MirrorBusy:
+                return  # then they are remembered in memory
             for table in tables:
                 for block in table.blocks:
                     self._known.indexed(chunk_id for chunk_id, _ in iter_refs(block.refs))
 
-    def _seal(self, name: str, index: IndexObject) -> bytes:
-        return self._sealer.seal(sealing.INDEX, name, self._attempt, encode(index), level=1)
+    def _seal(self, name: str, tables: list[PackTable], adopted: Mapping[bytes, Location]) -> tuple[IndexObject, bytes]:
+        index = IndexObject(tables + adopted_tables(adopted))
+        return index, self._sealer.seal(sealing.INDEX, name, self._attempt, encode(index), level=1)
+
+
+def open_index(sealer: Sealer, name: str, data: bytes) -> IndexObject:
+    """An index object from its stored bytes; for threads.
+
+    :raises Damaged: if it is not what was stored, or says what can't be
+    """
+    _, payload = sealer.open(sealing.INDEX, name, data)
+    try:
+        index = decode_index(payload)
+    except UNDECODABLE as error:
+        raise Damaged(f"{name}: {error}") from None
+    if not all(map(_possible_table, index.packs)):
+        raise Damaged(f"{name}: holds impossible numbers")
+    return index
+
+
+def _possible_table(table: PackTable) -> bool:
+    if len(table.pack) != ID_BYTES or len(table.header) != sealing.HEADER_BYTES or table.size_bytes >> 63:
+        return False
+    return all(_possible_block(block) for block in table.blocks)
+
+
+def _possible_block(block: Block) -> bool:
+    numbers = block.offset | block.stored_bytes | block.raw_bytes  # negative if one of them is
+    if numbers >> 32 or block.raw_bytes > MAX_RAW_BYTES or block.codec not in (sealing.RAW, sealing.ZSTD):
+        return False
+    return len(block.refs) % REF_BYTES == 0 and refs_length(block.refs) <= block.raw_bytes
 
 
 def adopted_tables(adopted: Mapping[bytes, Location]) -> list[PackTable]:

@@ -51,6 +51,7 @@ _BOUND = b"coffret key slot\0"
 # OpenSSL runs the lanes in one pool of threads for the whole process, and two derivations that hold some of it while
 # they wait for more block each other for ever (seen with 4.0.3 on two cores, at once).
 _one_derivation = threading.Lock()
+_RECOVER = "put the key slots back from a recovery file: `coffret at REPO passphrase add --from FILE`"
 
 
 class Cost(NamedTuple):
@@ -142,14 +143,14 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
     :raises UnsupportedVersion: if a newer version made it
     """
     if len(data) > MAX_SLOT_BYTES or slot_id_of(data) != slot_id:
-        raise Damaged(f"key slot {slot_id[:8]} is cut short or altered")
+        raise Damaged(f"key slot {slot_id[:8]} is cut short or altered", remedy=_RECOVER)
     try:
         version = msgspec.json.decode(data, type=_Head).version
         if version != FORMAT_VERSION:
             raise UnsupportedVersion(f"key slot {slot_id[:8]} has format version {version}")
         slot = msgspec.json.decode(data, type=Slot, strict=True)
     except (ValueError, RecursionError):
-        raise Damaged(f"key slot {slot_id[:8]} is no key slot") from None
+        raise Damaged(f"key slot {slot_id[:8]} is no key slot", remedy=_RECOVER) from None
     if slot.kdf != KDF:
         raise UnsupportedVersion(f"key slot {slot_id[:8]} uses {slot.kdf!r}, which this version does not know")
     lengths = tuple(map(len, (slot.salt, slot.commitment, slot.nonce, slot.wrapped, slot.endorsement)))
@@ -158,11 +159,12 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
         or lengths != (SALT_BYTES, KEY_BYTES, NONCE_BYTES, WRAPPED_BYTES, KEY_BYTES)
         or not (slot.label + slot.created).isprintable()
     ):
-        raise Damaged(f"key slot {slot_id[:8]} is no key slot")
+        raise Damaged(f"key slot {slot_id[:8]} is no key slot", remedy=_RECOVER)
     if not all(1 <= asked <= limit for asked, limit in zip(slot.cost, _CEILING, strict=True)) or (
         slot.memory_kib < 8 * slot.lanes
     ):
-        raise Damaged(f"key slot {slot_id[:8]} asks for absurd memory or time: {slot.memory_kib} KiB × {slot.passes}")
+        cost = f"{slot.memory_kib} KiB × {slot.passes}"
+        raise Damaged(f"key slot {slot_id[:8]} asks for absurd memory or time: {cost}", remedy=_RECOVER)
     return slot
 
 
@@ -194,8 +196,11 @@ def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes) ->
     if changed is not None:
         raise changed
     if found:
-        beside = f" ({len(faults)} more can't be read: {faults[0]})" if faults else ""
-        raise WrongPassphrase(f"the passphrase opens none of the repository's {len(found)} key slots{beside}")
+        none = f"the passphrase opens none of the repository's {len(found)} key slots"
+        if faults:
+            none += f" ({len(faults)} more can't be read: {faults[0]})"
+            raise WrongPassphrase(none, remedy=f"check it; if it belongs to one that can't be read, {_RECOVER}")
+        raise WrongPassphrase(none)
     newer = [fault for fault in faults if isinstance(fault, UnsupportedVersion)]
     raise (newer or faults or [Damaged("the repository is encrypted and has no key slot", remedy=_RECOVER)])[0]
 
@@ -214,7 +219,8 @@ def unwrap(slot: Slot, passphrase: bytes, config_hash: bytes) -> Secrets:
         bundle = AESGCM(key).decrypt(slot.nonce, slot.wrapped, _bound(clear, config_hash))
     except InvalidTag:
         raise RepositoryChanged(
-            "the passphrase is right, but the repository's config or key slot is not the one it was set for"
+            "the passphrase is right, but the repository's config or key slot is not the one it was set for",
+            remedy="do not trust this storage; put both back from a recovery file (`passphrase add --from FILE`)",
         ) from None
     return Secrets(*(bundle[at : at + KEY_BYTES] for at in range(0, len(bundle), KEY_BYTES)))
 
@@ -222,9 +228,6 @@ def unwrap(slot: Slot, passphrase: bytes, config_hash: bytes) -> Secrets:
 def endorsed(slot: Slot, secrets: Secrets, config_hash: bytes) -> bool:
     """Whether a slot was made, for this config, by someone who had the repository's keys."""
     return _endorse(msgspec.structs.replace(slot, endorsement=b""), secrets, config_hash) == slot.endorsement
-
-
-_RECOVER = "put the key slots back from a recovery file: `coffret at REPO passphrase add --from FILE`"
 
 
 def _encode(slot: Slot) -> bytes:

@@ -5,6 +5,7 @@ Stages never import each other: these are all they share.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Read:
-    """A file to be read for a page: where its entry goes, and what the scan saw."""
+    """A file to be read for a page: where its entry goes, and what the scan saw.
+
+    `path` is its name in the snapshot, `source` where it lies: the same, but where a link led to what was asked for.
+    """
 
     page: ScanPage
     entries: list[Entry | None]
     index: int
     path: bytes
+    source: bytes
     name: bytes
     size_bytes: int
 
@@ -48,8 +53,13 @@ class ScanPage:
     kept: PageRef | None = None
     files: int = 0
     directories: int = 0
+    # All entries, and the directories among them.
     new: int = 0
     changed: int = 0
+    new_directories: int = 0
+    changed_directories: int = 0
+    # Files that had to be read.
+    to_read: int = 0
     # What happened to an entry, by the identity of its name; only if someone wants to be told.
     status: dict[int, str] = field(default_factory=dict)
     # The parent's page of which all entries up to now are, unchanged, and how many; None if there is no such page.
@@ -58,6 +68,7 @@ class ScanPage:
 
     def seal(self) -> None:
         """Nothing more comes: decide whether this is the parent's page unchanged."""
+        self.to_read = len(self.reads)
         source = self.source
         if source is not None and self.following == self.count == source.entries:
             self.kept = source.ref
@@ -100,12 +111,13 @@ class RawBlock:
 class MetaChunks:
     """Chunks of the engine's own making (pages, lists, large attributes), on their way to dedup.
 
-    `store` may be called in any thread; what it queues is taken by `runs`.
+    `store` may be called in any thread; what it queues is taken by `runs`, in one.
     """
 
     def __init__(self, id_key: bytes) -> None:
         self._id_key = id_key
-        self._queue: list[Run] = []
+        # Appending and taking are each atomic: a thread may add while another takes.
+        self._queue: deque[Run] = deque()
 
     def store(self, payload: bytes) -> bytes:
         """Queue a payload, in pieces of at most a block; return their packed refs."""
@@ -119,5 +131,4 @@ class MetaChunks:
 
     def runs(self) -> list[Run]:
         """Take what is queued."""
-        queue, self._queue = self._queue, []
-        return queue
+        return [self._queue.popleft() for _ in range(len(self._queue))]

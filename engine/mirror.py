@@ -2,8 +2,10 @@
 
 It answers where a chunk lies without holding chunks in memory, opens in a time that does not depend on their number,
 is shared by processes, and can be lost at any time: what it lacks is fetched and merged again (`reconcile`, `merge`).
-What it says is always seen through a *view*: the index objects that this process found listed, each *sure* or, while
-its attempt has not ended, *pending*. Whatever else the files hold, or other processes do to them, is not seen.
+What it says is always seen through a *view*: the index objects that its owner found listed, each *sure* or, while
+its attempt has not ended, *pending*. Whatever else the files hold, or others do to them, is not seen. Each attempt,
+and the readers of an open repository together, have one of their own (`Mirror.view`): what is sure for the one that
+wrote it is pending for another.
 
 Everything runs in threads: changes step by step in one, look-ups beside them in another on immutable files, so that a
 look-up never waits for a merge. A hop to a thread costs some 60 µs, so calls take many ids.
@@ -11,28 +13,31 @@ look-up never waits for a merge. A hop to a thread costs some 60 µs, so calls t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
 from blake3 import blake3
 
-from coffret.engine.mirror_store import Store, reported
+from coffret.engine.mirror_store import MirrorBusy, Store, reported
 from coffret.engine.mirror_view import Location, Sifted, View
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Generator, KeysView, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, KeysView, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from coffret.engine.mirror_run import Run
     from coffret.engine.records import IndexObject
 
-__all__ = ["Location", "Mirror", "Sifted", "attempt_of", "mirror_folder"]
+__all__ = ["Location", "Mirror", "MirrorBusy", "Sifted", "attempt_of", "mirror_folder"]
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _NO_PACKS: frozenset[bytes] = frozenset()
 # Of a run that another host may fold away, pages that were not read yet are gone: touching them kills the process.
@@ -52,18 +57,57 @@ _NETWORK_FILE_SYSTEMS = {
 }
 
 
-class Mirror:
-    """The mirror of one repository at one location. Methods may be called concurrently."""
+class _Files:
+    """What the views of a mirror share: its files, the turn to change them, and the threads that work on them.
 
-    def __init__(self, store: Store, private: tempfile.TemporaryDirectory[str] | None, why_private: str) -> None:
-        self._store = store
-        self._private = private
-        #: Why the mirror is a private one in a temporary folder, removed at the end; "" if it is not.
-        self.why_private = why_private
-        self._changing = anyio.Lock()
-        self._change_thread, self._look_thread = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
+    `why_private`: why they lie in a temporary folder, removed at the end; "" if they do not.
+    """
+
+    def __init__(
+        self, store: Store, private: tempfile.TemporaryDirectory[str] | None = None, why_private: str = ""
+    ) -> None:
+        self.store, self.private, self.why_private = store, private, why_private
+        self.changing = anyio.Lock()
+        self.change_thread, self.look_thread = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
+
+    @classmethod
+    def at(cls, folder: Path | None, repository_id: str) -> _Files:
+        """Those in a folder, or private ones."""
+        why = "no cache is wanted"
+        if folder is not None:
+            kind = file_system(folder)
+            if not is_network(kind):
+                try:
+                    return cls(Store(folder, repository_id))
+                except OSError as error:
+                    why = f"{folder}: {error.strerror}"
+            else:
+                why = f"{folder} is on a network file system ({kind})"
+        return cls.apart(repository_id, why)
+
+    @classmethod
+    def apart(cls, repository_id: str, why: str) -> _Files:
+        """Private ones, in a new temporary folder."""
+        private = tempfile.TemporaryDirectory(prefix="coffret-mirror-")
+        return cls(Store(Path(private.name), repository_id), private, why)
+
+
+class Mirror:
+    """The mirror of one repository at one location, as one of its users sees it. Methods may be called concurrently."""
+
+    def __init__(self, files: _Files, repository_id: str, *, owner: bool = True) -> None:
+        self._files, self._repository_id = files, repository_id
+        self._owner = owner  # whether to remove private files at the end
         self._view = View({}, (), ())
-        self._epoch = b""
+        self._epoch, self._losses, self._certain = b"", 0, False
+        self._sound: frozenset[bytes] = frozenset()
+        #: Whether all packs were found in the storage, as far as is known; and those that were not.
+        self.audited = False
+        self.bad_packs: frozenset[bytes] = frozenset()
+        #: Why the files shared with other processes were left (see `leave`); "" if they were not.
+        self.left = ""
+        #: Lists the repository anew and brings this view up to date; for who does not find what must be there.
+        self.relist: Callable[[], Awaitable[None]] | None = None
         self._settled: frozenset[str] = frozenset()  # attempts whose index objects are sure
         self._pending: set[str] = set()  # index objects of all other attempts
         self._gone: dict[str, int] = {}  # index objects to forget at the next change, with their first section
@@ -75,22 +119,22 @@ class Mirror:
         A private one is taken too where the folder can't be written or lies on a network file system. Nothing is read
         before `reconcile`.
         """
-        return await anyio.to_thread.run_sync(cls._open, folder, repository_id)
+        return cls(await anyio.to_thread.run_sync(_Files.at, folder, repository_id), repository_id)
 
-    @classmethod
-    def _open(cls, folder: Path | None, repository_id: str) -> Mirror:
-        why = "no cache is wanted"
-        if folder is not None:
-            kind = file_system(folder)
-            if not is_network(kind):
-                try:
-                    return cls(Store(folder, repository_id), None, "")
-                except OSError as error:
-                    why = f"{folder}: {error.strerror}"
-            else:
-                why = f"{folder} is on a network file system ({kind})"
-        private = tempfile.TemporaryDirectory(prefix="coffret-mirror-")
-        return cls(Store(Path(private.name), repository_id), private, why)
+    def view(self) -> Mirror:
+        """Another view of the same files, which goes by nothing yet; to be closed before this one."""
+        return Mirror(self._files, self._repository_id, owner=False)
+
+    @property
+    def why_private(self) -> str:
+        """Why the mirror is a private one in a temporary folder, removed at the end; "" if it is not."""
+        return self._files.why_private
+
+    async def leave(self, why: str) -> None:
+        """Go on with private files, since those shared with other processes can't be had; `reconcile` follows."""
+        self._view, self._gone = View({}, (), ()), {}
+        self._files = await anyio.to_thread.run_sync(_Files.apart, self._repository_id, why)
+        self._owner, self.left = True, why
 
     @property
     def objects(self) -> KeysView[str]:
@@ -108,14 +152,15 @@ class Mirror:
 
         :raises CoffretError: if the cache can't be read
         """
-        async with self._changing:
-            with reported(self._store.folder):
-                manifest, runs = await anyio.to_thread.run_sync(self._store.load, limiter=self._change_thread)
+        async with self._files.changing:
+            with reported(self._files.store.folder):
+                manifest, runs = await self._alone(self._files.store.load)
             self._settled = frozenset(settled)
             self._pending = {name for name in listed if attempt_of(name) not in self._settled}
             wanted = {name for name in listed if attempt_of(name) not in revoked}
             self._gone = {name: first for name, (first, _) in manifest.objects.items() if name not in wanted}
-            self._epoch = manifest.epoch
+            self._epoch, self._losses, self._certain = manifest.epoch, manifest.losses, True
+            self._sound, self.audited, self.bad_packs = frozenset(manifest.sound), manifest.audited, frozenset()
             await self._see({name: span for name, span in manifest.objects.items() if name in wanted}, runs)
             return sorted(wanted - manifest.objects.keys())
 
@@ -126,22 +171,55 @@ class Mirror:
         objects are held in memory, some 64,000 rows of 90 bytes beside them.
 
         :raises Damaged: if an index object holds impossible numbers
+        :raises MirrorBusy: if another process does not let go of the cache
         :raises OutOfSpace: if there is no room for the cache
         :raises CoffretError: if the cache can't be used
         """
-        async with self._changing:
+        async with self._files.changing:
             if not items and not self._gone:
                 return
-            manifest, runs = await self._drive(self._store.change(items, self._gone))
-            self._gone = {}
+            manifest, runs = await self._drive(self._files.store.change(items, self._gone))
+            # What others lose meanwhile may be what this view goes by.
+            self._certain = self._certain and manifest.losses == self._losses + bool(self._gone)
+            self._losses, self._gone = manifest.losses, {}
+            self._sound, self.audited = frozenset(manifest.sound), manifest.audited
             # Another process may have begun the mirror anew, or forgotten what it did not find listed.
             seen = self._view.objects
             if manifest.epoch != self._epoch:
                 seen = {name: span for name, span in manifest.objects.items() if name in seen}
-                self._epoch = manifest.epoch
+                self._epoch, self._certain = manifest.epoch, False
             added = {name: manifest.objects[name] for name, _ in items}
             self._pending |= {name for name in added if attempt_of(name) not in self._settled}
             await self._see({**seen, **added}, runs)
+
+    def is_sound(self, root: bytes) -> bool:
+        """Whether every chunk of the catalog with this root (its id) is located, so that it needs no look-ups."""
+        return self._certain and root in self._sound
+
+    async def vouch(self, root: bytes = b"", *, audited: bool = False) -> None:
+        """Remember a catalog as sound, and that all packs were found; not if index objects were lost meanwhile.
+
+        :raises CoffretError: if the cache can't be used
+        """
+        audited = audited and not self.audited
+        if not self._certain or not (audited or (root and root not in self._sound)):
+            return
+        async with self._files.changing:
+            await self._drive(self._files.store.vouch(self._epoch, self._losses, root, audited=audited))
+        self._sound, self.audited = self._sound | {root}, self.audited or audited
+
+    async def doubt(self) -> None:
+        """Have everything made sure of anew: something was missing that must be there.
+
+        :raises CoffretError: if the cache can't be used
+        """
+        self._certain = self.audited = False
+        async with self._files.changing:
+            await self._drive(self._files.store.doubt())
+
+    def sift_here(self, ids: Sequence[bytes], *, marked: frozenset[bytes]) -> Sifted:
+        """`sift` for who runs in a thread already."""
+        return self._view.sift(ids, marked)
 
     async def sift(self, ids: Sequence[bytes], *, marked: frozenset[bytes] = _NO_PACKS) -> Sifted:
         """Tell which chunks have to be stored, and which locations adopted. Chunks only in `marked` packs are absent.
@@ -151,7 +229,8 @@ class Mirror:
         return await self._look(lambda view: view.sift(ids, marked))
 
     async def locate(self, ids: Sequence[bytes], *, avoid: frozenset[bytes] = _NO_PACKS) -> list[Location | None]:
-        """Where each chunk lies, in a pack not to `avoid` if there is one; None if nowhere."""
+        """Where each chunk lies, in a pack that is not bad nor to `avoid` if there is one; None if nowhere."""
+        avoid |= self.bad_packs
         return await self._look(lambda view: view.locate(ids, avoid))
 
     async def locate_all(self, chunk_id: bytes) -> list[Location]:
@@ -161,22 +240,24 @@ class Mirror:
     async def packs(self) -> AsyncIterator[list[tuple[bytes, int]]]:
         """Iterate over lists of (pack id, size in bytes); a pack named by several index objects comes as often."""
         batches = self._view.packs()
-        while (batch := await anyio.to_thread.run_sync(next, batches, None, limiter=self._look_thread)) is not None:
+        while (
+            batch := await anyio.to_thread.run_sync(next, batches, None, limiter=self._files.look_thread)
+        ) is not None:
             yield batch
 
     async def forget(self) -> None:
         """Empty the mirror, when it has been found to say what is not so; `reconcile` follows."""
-        async with self._changing:
-            await self._drive(self._store.wipe())
-            self._view, self._gone = View({}, (), ()), {}
+        async with self._files.changing:
+            await self._drive(self._files.store.wipe())
+            self._view, self._gone, self._certain = View({}, (), ()), {}, False
 
     async def close(self) -> None:
         """Remove a private mirror; a shared one needs no closing."""
         with anyio.CancelScope(shield=True):
-            async with self._changing:
+            async with self._files.changing:
                 self._view = View({}, (), ())
-                if self._private is not None:
-                    await anyio.to_thread.run_sync(self._private.cleanup)
+                if self._owner and self._files.private is not None:
+                    await self._alone(self._files.private.cleanup)
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,20 +268,40 @@ class Mirror:
         await self.close()
 
     async def _see(self, objects: Mapping[str, tuple[int, int]], runs: Sequence[Run]) -> None:
-        self._view = await anyio.to_thread.run_sync(View, objects, self._pending, runs, limiter=self._change_thread)
+        self._view = await self._alone(View, objects, self._pending, runs)
 
     async def _look(self, look: Callable[[View], _T]) -> _T:
-        return await anyio.to_thread.run_sync(look, self._view, limiter=self._look_thread)
+        return await anyio.to_thread.run_sync(look, self._view, limiter=self._files.look_thread)
 
     async def _drive(self, steps: Generator[None, None, _T]) -> _T:
         """Run a change to its end, step by step: cancelled between two, it gives up without a trace."""
         try:
             while True:
-                ended = await anyio.to_thread.run_sync(_advance, steps, limiter=self._change_thread)
+                ended = await self._alone(_advance, steps)
                 if ended is not None:
                     return ended[0]
         finally:
             steps.close()
+
+    async def _alone(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run a call in the thread for changes, and return only when it is over, however the task is cancelled.
+
+        `anyio.to_thread` waits when an anyio scope is cancelled, but not when a task is (`asyncio.timeout`,
+        `Task.cancel`): then a step would still be at work when its generator is closed, or the next change begins.
+        """
+        with anyio.CancelScope(shield=True):
+            step = anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._files.change_thread)
+            future = asyncio.ensure_future(step)
+            cancelled: asyncio.CancelledError | None = None
+            while not future.done():
+                try:
+                    await asyncio.wait((future,))
+                except asyncio.CancelledError as error:
+                    cancelled = error
+        if cancelled is not None:
+            future.exception()  # marks it as seen: the cancellation is what the caller learns of
+            raise cancelled
+        return future.result()
 
 
 def _advance(steps: Generator[None, None, _T]) -> tuple[_T] | None:

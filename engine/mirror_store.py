@@ -35,6 +35,16 @@ _MAGIC = b"coffret mirror 0"
 _DIGEST_BYTES = 16
 _MANIFEST, _LOCK = "manifest", "lock"
 _LOCK_POLL_S = 0.02
+# A change takes seconds, 20 at the very most: whoever holds the lock longer is stopped, or hangs.
+LOCK_WAIT_S = 30.0
+# One for each source of a machine, and some more; a catalog that is forgotten is only looked up once more.
+_MAX_SOUND = 256
+
+
+class MirrorBusy(CoffretError):
+    """Another process holds the lock of the cache and does not come to an end."""
+
+    remedy = "end that process, name another folder with --cache-dir, or use --no-cache"
 
 
 class Manifest(msgspec.Struct):
@@ -42,6 +52,10 @@ class Manifest(msgspec.Struct):
 
     Sections are numbered by `next_section` and numbers are not used again, within an `epoch`: the life of a mirror
     from one beginning anew to the next.
+
+    `losses`: how often index objects have disappeared. Since the last time: `sound` are the catalogs (ids of their
+    roots, the latest last) of which every chunk is known to be located, and `audited` tells whether all packs were
+    found in the storage.
     """
 
     repository_id: str
@@ -49,6 +63,9 @@ class Manifest(msgspec.Struct):
     next_section: int = 0
     objects: dict[str, tuple[int, int]] = {}
     runs: list[RunInfo] = []
+    losses: int = 0
+    sound: list[bytes] = []
+    audited: bool = False
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -104,6 +121,7 @@ class Store:
         closing the generator gives up and leaves no trace.
 
         :raises Damaged: if an index object holds impossible numbers
+        :raises MirrorBusy: if another process does not give the lock back
         :raises OutOfSpace: if the folder's file system is full
         :raises CoffretError: if the folder can't be used, or a run is damaged; then the mirror is empty afterwards
         """
@@ -150,6 +168,29 @@ class Store:
             lock = yield from self._lock()
             try:
                 self._publish(self._empty(), set())
+            finally:
+                os.close(lock)
+
+    def doubt(self) -> Generator[None, None, None]:
+        """What was known to be sound may not be."""
+        with reported(self.folder):
+            lock = yield from self._lock()
+            try:
+                self._publish(_doubted(self.load()[0]), set())
+            finally:
+                os.close(lock)
+
+    def vouch(self, epoch: bytes, losses: int, root: bytes, *, audited: bool) -> Generator[None, None, None]:
+        """Note a catalog as sound (if one is given), and that packs were found, unless anything was lost since."""
+        with reported(self.folder):
+            lock = yield from self._lock()
+            try:
+                manifest, _ = self.load()
+                if (manifest.epoch, manifest.losses) == (epoch, losses):
+                    sound = [known for known in manifest.sound if known != root] + ([root] if root else [])
+                    audited = audited or manifest.audited
+                    manifest = msgspec.structs.replace(manifest, sound=sound[-_MAX_SOUND:], audited=audited)
+                    self._publish(manifest, set())
             finally:
                 os.close(lock)
 
@@ -203,12 +244,15 @@ class Store:
         """Wait for the lock, without blocking longer than a poll; the descriptor returned holds it."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed under us
         lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        until = time.monotonic() + LOCK_WAIT_S
         try:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return lock
                 except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise MirrorBusy(f"another process holds the index cache in {self.folder}") from None
                     time.sleep(_LOCK_POLL_S)
                     yield
         except BaseException:
@@ -227,14 +271,20 @@ def _forget_objects(manifest: Manifest, gone: Mapping[str, int]) -> bool:
     same = [name for name, first in gone.items() if manifest.objects.get(name, (-1, 0))[0] == first]
     for name in same:
         del manifest.objects[name]
+    if same:
+        manifest.losses, manifest.sound, manifest.audited = manifest.losses + 1, [], False
     return bool(same)
+
+
+def _doubted(manifest: Manifest) -> Manifest:
+    return msgspec.structs.replace(manifest, losses=manifest.losses + 1, sound=[], audited=False)
 
 
 def _without_runs(manifest: Manifest, bad: list[RunInfo]) -> Manifest:
     """The manifest without runs that can't be read, and without every index object they have a part of."""
     owners = {span.owner for info in bad for span in info.spans}
     return msgspec.structs.replace(
-        manifest,
+        _doubted(manifest),
         objects={name: span for name, span in manifest.objects.items() if span[0] not in owners},
         runs=[info for info in manifest.runs if info not in bad],
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from typing import TYPE_CHECKING, Any
 
+from coffret.engine.restore_writer import read_marks
 from coffret.engine.workerpool import Turns, Worker, WorkerPool
 
 if TYPE_CHECKING:
@@ -12,14 +15,14 @@ if TYPE_CHECKING:
 
     from coffret.engine.sealing import Secrets
 
-Faults = list[tuple[Any, str]]
+Faults = list[tuple[Any, ...]]
 
 
 class OpenPool:
     """Slabs to fill, and workers to send them to. Use as an async context; leaving it ends every worker.
 
-    `target` is the directory a restore writes to, b"" for a check; `owner`, `direct`, `sparse`, `replace` are what
-    `openworker` is told of it.
+    `target` is a descriptor of the directory a restore writes to, -1 for a check; `owner`, `sparse`, `wary` and
+    `unlock` are what `openworker` is told of it.
     """
 
     def __init__(
@@ -30,15 +33,22 @@ class OpenPool:
         workers: int,
         slabs: int,
         slab_bytes: int,
-        target: bytes = b"",
+        target: int = -1,
         owner: bool = False,
         sparse: bool = False,
-        replace: bool = False,
+        wary: bool = False,
+        unlock: bool = False,
     ) -> None:
         self._pool = WorkerPool(
             "coffret.engine.openworker", workers=workers, slabs=slabs, slab_bytes=slab_bytes, handle=self._handle
         )
-        self._hello = ("keys", secrets.data_key, secrets.id_key, repository_id, target, owner, sparse, replace)
+        self._hello = ("keys", secrets.data_key, secrets.id_key, repository_id, owner, sparse, wary, unlock)
+        self._target = target
+        # A word for each worker, in which it says what it is at; looked at if it is killed.
+        self._marks = os.memfd_create("coffret-marks", os.MFD_CLOEXEC)
+        os.ftruncate(self._marks, 8 * workers)
+        #: When it has ended: what workers were at, as `restore_writer.read_marks` has it.
+        self.marks: list[tuple[int, int, bool]] = []
         self.slab_bytes = slab_bytes
         self._free = list(range(slabs))
         self._turns = Turns()
@@ -46,13 +56,29 @@ class OpenPool:
 
     async def __aenter__(self) -> OpenPool:
         await self._pool.__aenter__()
-        self._pool.start(self._hello)
+        try:
+            self._pool.start(self._hello)
+            # Ahead of the first message, which is sent when this task next waits. By descriptor, since a path may come
+            # to mean another directory, and a worker has another current directory.
+            descriptors = [self._marks] if self._target < 0 else [self._marks, self._target]
+            for worker in self._pool.workers:
+                socket.send_fds(worker.socket, [b"\0"], descriptors)
+        except BaseException as error:
+            try:
+                await self._pool.__aexit__(type(error), error, error.__traceback__)
+            finally:
+                os.close(self._marks)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return await self._pool.__aexit__(kind, error, trace)
+        try:
+            return await self._pool.__aexit__(kind, error, trace)
+        finally:
+            self.marks = read_marks(memoryview(os.pread(self._marks, 1 << 16, 0)).cast("Q"))
+            os.close(self._marks)
 
     async def acquire(self) -> int:
         """The number of a free slab, waiting for one. It counts as a job from here on, for it is still to be filled."""
@@ -72,14 +98,18 @@ class OpenPool:
 
     def submit(
         self, kind: str, *arguments: Any, slab: int | None = None, done: Callable[[Faults], None], ordered: bool = False
-    ) -> None:
-        """Send a job to the worker with least to do (`ordered`: always to the same); its slab comes back after it."""
+    ) -> int:
+        """Send a job to the worker with least to do (`ordered`: always to the same); its slab comes back after it.
+
+        The job's number is returned.
+        """
         self._number += 1
         worker = self._pool.workers[0] if ordered else min(self._pool.workers, key=lambda worker: len(worker.jobs))
         worker.jobs[self._number] = (slab, done)
         if slab is None:
             self._turns.begin()
         self._pool.send(worker, (kind, self._number, *(() if slab is None else (slab,)), *arguments))
+        return self._number
 
     async def drain(self, *, below: int = 1) -> None:
         """Wait until fewer than `below` jobs are unfinished."""

@@ -3,27 +3,25 @@
 `python -m coffret.engine.openworker SOCKET MEMORY NUMBER SLABS SLAB_BYTES`, started by `openpool`. The parent fetches
 stored ranges into slabs; everything that costs CPU happens here. Every chunk id is verified before a byte is used.
 
-    to the worker     ("keys", data_key, id_key, repository_id, target, owner, sparse, replace, slabs)
+    to the worker     one byte, with descriptors: where to mark what is at work, and, for a restore, the target
+                      ("keys", data_key, id_key, repository_id, owner, sparse, wary, unlock, slabs)
                       ("files", job, slab, blocks, groups)   ("piece", job, slab, blocks, place, writes)
-                      ("finish", job, directory, name, temporary, meta)   ("nodes", job, nodes)
-                      ("pack", job, slab, length, name, table)
-    from the worker   ("done", job, faults)   with faults = [(key, reason)]
+                      ("finish", job, directory, name, temporary, identity, meta)   ("nodes", job, nodes)
+                      ("kept", job, entries)   ("directories", job, directories)
+                      ("pack", job, slab, length, header, table)
+    from the worker   ("done", job, faults)   with faults = [(key, reason, …)]   ("error", reason)
 
-`blocks` = [(header, at, stored, position, raw, codec)], a part = (block, inner, length, chunk id); see
-`restore_jobs`.
+`blocks` = [(header, at, stored, position, raw, codec), or why it could not be read], a part = (block, inner, length,
+chunk id); see `restore_jobs` and `restore_writer`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import mmap
 import os
-import signal
-import stat
+import socket
 import struct
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 from blake3 import blake3
@@ -31,49 +29,64 @@ from blake3 import blake3
 from coffret.engine.errors import Damaged
 from coffret.engine.frames import put_frame, take_frames
 from coffret.engine.packfile import MAX_RAW_BYTES, PackReader, verify_chunks
-from coffret.engine.places import Places
+from coffret.engine.restore_writer import LOST, DamagedPart, Mark, Writer, reason_of
 from coffret.engine.sealing import PACK, ZSTD, BlockCipher, Sealer, Secrets
+from coffret.engine.workermain import run_worker
 
-ALIGNMENT = 4096
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_UNOWNED_MODE = 0o1777
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coffret.engine.records import Block
+
+# The key of a fault that says what is wrong with an index's table of a pack.
+TABLE = -2
 # Larger than a sealed block is as a rule.
 _SCRATCH_BYTES = 8 << 20
 
 
 class Blocks:
-    """The blocks of one job, opened when first wanted."""
+    """The blocks of one job, opened when first wanted; what was verified once is not verified again."""
 
-    def __init__(self, worker: OpenWorker, view: memoryview, blocks: list[tuple[Any, ...]]) -> None:
+    def __init__(self, worker: OpenWorker, view: memoryview, blocks: list[tuple[Any, ...] | str]) -> None:
         self._worker, self._view, self._blocks = worker, view, blocks
         self._opened: dict[int, memoryview | Damaged] = {}
+        self._verified: dict[tuple[int, int, int, bytes], memoryview] = {}
 
     def part(self, part: tuple[int, int, int, bytes]) -> memoryview:
         """A chunk, verified.
 
-        :raises Damaged: if the block does not open, or the chunk has another id
+        :raises DamagedPart: if the block does not open, or the chunk has another id
         """
+        data = self._verified.get(part)
+        if data is not None:
+            return data
         number, inner, length, chunk_id = part
         block = self._opened.get(number)
         if block is None:
-            try:
-                block = self._worker.open(self._view, self._blocks[number])
-            except Damaged as error:
-                block = error
-            self._opened[number] = block
+            block = self._opened[number] = self._open(number)
         if isinstance(block, Damaged):
-            raise block
+            raise DamagedPart(str(block), number)
         data = block[inner : inner + length]
         if blake3(data, key=self._worker.id_key).digest() != chunk_id:
-            raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
+            raise DamagedPart(f"chunk {chunk_id.hex()[:16]} does not have its id", number)
+        self._verified[part] = data
         return data
+
+    def _open(self, number: int) -> memoryview | Damaged:
+        block = self._blocks[number]
+        if isinstance(block, str):
+            return Damaged(block)
+        try:
+            return self._worker.open(self._view, block)
+        except Damaged as error:
+            return error
 
 
 class OpenWorker:
     """The state of one worker process."""
 
-    def __init__(self, socket: int, memory: int, number: int, slabs: int, slab_bytes: int) -> None:
-        self._socket, self._slab_bytes = socket, slab_bytes
+    def __init__(self, sock: int, memory: int, number: int, slabs: int, slab_bytes: int) -> None:
+        self._socket, self._number, self._slab_bytes = sock, number, slab_bytes
         self._view = memoryview(mmap.mmap(memory, slabs * slab_bytes))
         self._jobs: list[tuple[Any, ...]] = []
         self._input = bytearray()
@@ -83,6 +96,7 @@ class OpenWorker:
 
     def run(self) -> None:
         """Serve until the socket ends."""
+        descriptors = self._receive()
         while True:
             while not self._jobs:
                 data = os.read(self._socket, 1 << 18)
@@ -91,21 +105,54 @@ class OpenWorker:
                 self._input += data
                 self._jobs += take_frames(self._input)
             message = self._jobs.pop(0)
-            kind = message[0]
-            if kind == "keys":
-                self._hello(message)
-                continue
-            faults = getattr(self, f"_{kind}")(*message[2:])
-            put_frame(self._socket, ("done", message[1], faults))
+            if message[0] == "keys":
+                self._hello(message, descriptors)
+            else:
+                put_frame(self._socket, ("done", message[1], self._do(message)))
 
-    def _hello(self, message: tuple[Any, ...]) -> None:
-        _, data_key, self.id_key, repository_id, target, self._owner, self._sparse, self._replace, _ = message
-        self._direct = True
+    def _receive(self) -> list[int]:
+        """What comes before the messages: descriptors."""
+        channel = socket.socket(fileno=self._socket)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(channel, 1, 2)
+        finally:
+            channel.detach()
+        if not data:
+            raise EOFError
+        return list(descriptors)
+
+    def _hello(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
+        _, data_key, self.id_key, repository_id, owner, sparse, wary, unlock, _ = message
         self._sealer = Sealer(Secrets(data_key, self.id_key, b""), repository_id)
-        self._places: Places | None = None
-        if target:
-            self._places = Places(os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            self._buffer = mmap.mmap(-1, 2 * self._slab_bytes)
+        if len(descriptors) > 1:
+            words = memoryview(mmap.mmap(descriptors[0], 0)).cast("Q")
+            self._writer = Writer(
+                descriptors[1],
+                Mark(words, self._number),
+                owner=owner,
+                sparse=sparse,
+                wary=wary,
+                unlock=unlock,
+                buffer_bytes=2 * self._slab_bytes,
+            )
+
+    def _do(self, message: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Do a job; whatever goes wrong is a fault of this job alone."""
+        kind, job, *rest = message
+        try:
+            if kind == "pack":
+                return self._pack(*rest)
+            if kind in ("files", "piece"):
+                slab, blocks, *rest = rest
+                opened = Blocks(self, self.slab(slab), blocks).part
+                return self._writer.files(job, opened, *rest) if kind == "files" else self._writer.piece(opened, *rest)
+            if kind == "nodes":
+                return self._writer.nodes(job, *rest)
+            if kind == "finish":
+                return self._writer.finish(*rest)
+            return self._writer.kept(*rest) if kind == "kept" else self._writer.directories(*rest)
+        except Exception as error:
+            return [(-1 if kind == "pack" else b"", reason_of(error), LOST)]
 
     def slab(self, number: int) -> memoryview:
         """The bytes of a slab."""
@@ -141,214 +188,20 @@ class OpenWorker:
             raise Damaged("a block has another length than its table says")
         return memoryview(body)
 
-    # Restore ----------------------------------------------------------------------------------------------------------
+    def _pack(
+        self, slab: int, length: int, header: bytes, table: list[tuple[int, int, int, int, bytes]]
+    ) -> list[tuple[int, str]]:
+        """Verify a whole pack against its own block table, and compare that with an index's (sorted by offset).
 
-    def _files(
-        self, slab: int, blocks: list[tuple[Any, ...]], groups: list[tuple[bytes, list[Any]]]
-    ) -> list[tuple[bytes, str]]:
-        """Whole files: groups = [(directory, [(name, temporary, meta, parts, extents)])]."""
-        opened = Blocks(self, self.slab(slab), blocks)
-        faults: list[tuple[bytes, str]] = []
-        assert self._places is not None
-        for directory, files in groups:
-            for name, temporary, meta, parts, extents in files:
-                path = directory + b"/" + name if directory else name
-                try:
-                    data = [opened.part(part) for part in parts]
-                    folder = self._places.enter(directory)
-                    faults += [(path, note) for note in self._write_file(folder, name, temporary, meta, data, extents)]
-                except (Damaged, OSError) as error:
-                    faults.append((path, reason_of(error)))
-        return faults
-
-    def _write_file(
-        self, folder: int, name: bytes, temporary: bytes, meta: tuple[Any, ...], data: list[memoryview], extents: bytes
-    ) -> list[str]:
-        made = temporary or name
-        fd = os.open(made, _CREATE, 0o600, dir_fd=folder)
-        try:
-            try:
-                if extents:
-                    reserve(fd, meta[3], sparse=self._sparse)
-                    write_extents(fd, data, extents)
-                else:
-                    for part in data:
-                        write_fully(fd, part)
-                notes = self._apply(fd, meta)
-            finally:
-                os.close(fd)
-            if temporary:
-                os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            os.unlink(made, dir_fd=folder)
-            raise
-        return notes
-
-    def _piece(
-        self,
-        slab: int,
-        blocks: list[tuple[Any, ...]],
-        place: tuple[bytes, bytes],
-        writes: list[tuple[int, int, int, list[tuple[int, int, int, bytes]]]],
-    ) -> list[tuple[bytes, str]]:
-        """A part of a large file: writes = [(file offset, length, bytes of the first part to skip, parts)]."""
-        assert self._places is not None
-        directory, name = place
-        opened = Blocks(self, self.slab(slab), blocks)
-        try:
-            folder = self._places.enter(directory)
-            fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                for offset, length, skip, parts in writes:
-                    self._write_run(fd, folder, name, offset, length, skip, [opened.part(part) for part in parts])
-            finally:
-                os.close(fd)
-        except (Damaged, OSError) as error:
-            return [(b"", reason_of(error))]
-        return []
-
-    def _write_run(
-        self, fd: int, folder: int, name: bytes, offset: int, length: int, skip: int, parts: list[memoryview]
-    ) -> None:
-        """Write contiguous bytes: aligned pages directly, past the page cache; the edges through it."""
-        lead = offset % ALIGNMENT
-        view = memoryview(self._buffer)
-        at = lead
-        for part in parts:
-            piece = part[skip:]
-            skip = 0
-            piece = piece[: lead + length - at]
-            view[at : at + len(piece)] = piece
-            at += len(piece)
-        begin = offset - lead
-        first = ALIGNMENT if lead else 0
-        last = at - at % ALIGNMENT
-        if not self._direct or last - first < (1 << 20):
-            write_at(fd, view[lead:at], offset)
-            return
-        if lead:
-            write_at(fd, view[lead:first], offset)
-        if last < at:
-            write_at(fd, view[last:at], begin + last)
-        direct = -1
-        try:
-            direct = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECT, dir_fd=folder)
-            write_at(direct, view[first:last], begin + first)
-        except OSError:  # some file systems refuse it at open, some at write
-            self._direct = False
-            write_at(fd, view[first:last], begin + first)
-        finally:
-            if direct >= 0:
-                os.close(direct)
-
-    def _finish(
-        self, directory: bytes, name: bytes, temporary: bytes, meta: tuple[Any, ...]
-    ) -> list[tuple[bytes, str]]:
-        """A large file is written: set its metadata and give it its name; without a name it failed, and goes."""
-        assert self._places is not None
-        if not name:
-            os.unlink(temporary, dir_fd=self._places.enter(directory))
-            return []
-        path = directory + b"/" + name if directory else name
-        folder = -1
-        try:
-            folder = self._places.enter(directory)
-            fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                notes = self._apply(fd, meta)
-            finally:
-                os.close(fd)
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=folder)
-            return [(path, reason_of(error))]
-        return [(path, note) for note in notes]
-
-    def _nodes(self, nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]]) -> list[tuple[bytes, str]]:
-        """What is no regular file, in order: (directory, name, meta, target, rdev); directories get their metadata."""
-        assert self._places is not None
-        faults: list[tuple[bytes, str]] = []
-        for directory, name, meta, target, rdev in nodes:
-            path = directory + b"/" + name if directory else name
-            try:
-                mode = meta[0]
-                if stat.S_ISDIR(mode):
-                    notes = self._apply(self._places.enter(path), meta)
-                else:
-                    folder = self._places.enter(directory)
-                    if self._replace:
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(name, dir_fd=folder)
-                    if stat.S_ISLNK(mode):
-                        os.symlink(target, name, dir_fd=folder)
-                    else:
-                        os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=folder)
-                    notes = self._apply_at(folder, name, meta)
-                faults += [(path, note) for note in notes]
-            except OSError as error:
-                faults.append((path, reason_of(error)))
-        return faults
-
-    def _apply(self, fd: int, meta: tuple[Any, ...]) -> list[str]:
-        """Set owner, attributes, mode and times of an open file or directory; return what could not be set.
-
-        In this order: changing the owner clears capabilities and set-id bits, an ACL may clear the latter too, and who
-        is not root can't give attributes to what is read-only. The mode's group bits are the mask of the ACL.
+        The keys of faults: the offset of a block; -1, the whole pack; TABLE, what the index says of it.
         """
-        mode, uid, gid, _, mtime_ns, xattrs = meta
-        notes: list[str] = []
-        mode = self._own(mode, uid, gid, lambda: os.fchown(fd, uid, gid))
-        for name, value in xattrs:
-            try:
-                os.setxattr(fd, name, value)
-            except OSError as error:
-                if self._owner or not name.startswith((b"security.", b"trusted.")):
-                    notes.append(f"attribute {os.fsdecode(name)} not set: {error.strerror}")
-        os.fchmod(fd, stat.S_IMODE(mode))
-        os.utime(fd, ns=(mtime_ns, mtime_ns))
-        return notes
-
-    def _apply_at(self, folder: int, name: bytes, meta: tuple[Any, ...]) -> list[str]:
-        """The same for what can't be opened: links, FIFOs, devices and sockets."""
-        mode, uid, gid, _, mtime_ns, xattrs = meta
-        notes: list[str] = []
-        mode = self._own(mode, uid, gid, lambda: os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False))
-        for key, value in xattrs:
-            try:
-                os.setxattr(b"/proc/self/fd/%d/%s" % (folder, name), key, value, follow_symlinks=False)
-            except OSError as error:
-                if self._owner or not key.startswith((b"security.", b"trusted.")):
-                    notes.append(f"attribute {os.fsdecode(key)} not set: {error.strerror}")
-        if not stat.S_ISLNK(mode):
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
-        os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=folder, follow_symlinks=False)
-        return notes
-
-    def _own(self, mode: int, uid: int, gid: int, change: Any) -> int:
-        """Give a file to its owner, if that is asked for; without it no set-id bit may come back."""
-        if self._owner:
-            change()
-            return mode
-        return mode if (uid, gid) == (os.geteuid(), os.getegid()) else stat.S_IFMT(mode) | (mode & _UNOWNED_MODE)
-
-    # Check ------------------------------------------------------------------------------------------------------------
-
-    def _pack(self, slab: int, length: int, name: str, tables: list[tuple[int, int, int, int, bytes]]) -> list[Any]:
-        """Verify a whole pack against its own block table, and that against the index's (sorted by offset)."""
         view = self.slab(slab)[:length]
-        faults: list[tuple[int, str]] = []
         try:
             reader = PackReader(view, self._sealer)
             blocks = reader.open_footer(view, length)
         except Damaged as error:
             return [(-1, str(error))]
-        by_offset = {block.offset: block for block in blocks}
-        for offset, stored, raw_bytes, codec, refs in tables:
-            block = by_offset.get(offset)
-            own = (block.stored_bytes, block.raw_bytes, block.codec) if block else None
-            if block is None or own != (stored, raw_bytes, codec) or not same_refs(refs, block.refs):
-                faults.append((offset, "the index says something else than the pack's block table"))
+        faults = compare_tables(reader.header, blocks, header, table)
         for block in blocks:
             at = (reader.header, block.offset, block.stored_bytes, block.offset, block.raw_bytes, block.codec)
             try:
@@ -356,6 +209,21 @@ class OpenWorker:
             except Damaged as error:
                 faults.append((block.offset, str(error)))
         return faults
+
+
+def compare_tables(
+    header: bytes, blocks: Sequence[Block], indexed_header: bytes, table: Sequence[tuple[int, int, int, int, bytes]]
+) -> list[tuple[int, str]]:
+    """What an index says otherwise of a pack than its own header and block table do, as faults."""
+    if header != indexed_header:
+        return [(TABLE, "has another header than it has")]
+    by_offset = {block.offset: block for block in blocks}
+    for offset, stored, raw_bytes, codec, refs in table:
+        block = by_offset.get(offset)
+        own = (block.stored_bytes, block.raw_bytes, block.codec) if block else None
+        if block is None or own != (stored, raw_bytes, codec) or not same_refs(refs, block.refs):
+            return [(TABLE, f"has another block at {offset} than its own table")]
+    return []
 
 
 def same_refs(indexed: bytes, stored: bytes) -> bool:
@@ -374,53 +242,5 @@ def same_refs(indexed: bytes, stored: bytes) -> bool:
     return True
 
 
-def reason_of(error: Exception) -> str:
-    """An error in a few words."""
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def write_fully(fd: int, data: memoryview) -> None:
-    """Write all bytes at the file's position."""
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """Write all bytes at an offset."""
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def reserve(fd: int, size_bytes: int, *, sparse: bool) -> None:
-    """Give a file its size, as one hole, or with all its blocks where holes are not wanted."""
-    os.ftruncate(fd, size_bytes)
-    if not sparse and size_bytes:
-        os.posix_fallocate(fd, 0, size_bytes)
-
-
-def write_extents(fd: int, data: list[memoryview], extents: bytes) -> None:
-    """Write a chunk stream to where a sparse file has data."""
-    pending = list(data)
-    for offset, length in struct.iter_unpack("<QQ", extents):
-        while length and pending:
-            piece = pending[0][:length]
-            write_at(fd, piece, offset)
-            offset, length = offset + len(piece), length - len(piece)
-            pending[0] = pending[0][len(piece) :]
-            if not pending[0]:
-                pending.pop(0)
-
-
-def main() -> None:
-    """Run a worker until its parent is gone or has closed the socket. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()  # nothing here is cyclic
-    try:
-        OpenWorker(*map(int, sys.argv[1:6])).run()
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_worker(OpenWorker)

@@ -6,6 +6,7 @@ them with O_DIRECT. Catalog chunks fill packs of their own, so that reading a ca
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Packer:
                 self._spare -= 1
                 buffer = mmap.mmap(-1, self._pack_bytes)
             builder = PackBuilder(memoryview(buffer), self._sealer, self._attempt)
+            builder.meta = meta
             self._buffers[id(builder)] = buffer
             self._current[meta] = builder
 
@@ -126,3 +128,14 @@ class Packer:
         """Hand on what is open, when all blocks are placed."""
         for meta in (False, True):
             await self._close(meta)
+
+    def close(self) -> None:
+        """Give all buffers back to the system, when no block is sealed and no pack put any more."""
+        for buffer in (*self._free, *self._buffers.values()):
+            # Whoever still has a view of it: after an error tracebacks hold frames, and those hold packs.
+            buffer.madvise(mmap.MADV_DONTNEED)
+            with contextlib.suppress(BufferError):
+                buffer.close()
+        self._free.clear()
+        self._buffers.clear()
+        self._current.clear()

@@ -52,6 +52,7 @@ class PackBuilder:
         self.blocks: list[Block] = []
         self.sealing = 0  # blocks reserved and not sealed yet
         self.full = False
+        self.meta = False  # of catalogs
         buffer[:HEADER_BYTES] = self.header
 
     def reserve(self, body_bytes: int, raw_bytes: int, codec: int, refs: bytes) -> int | None:
@@ -70,6 +71,10 @@ class PackBuilder:
     def seal(self, body: bytes | memoryview, offset: int) -> None:
         """Seal a block into the place reserved for it."""
         self._cipher.seal_into(body, offset, self.buffer[offset : offset + len(body) + TAG_BYTES])
+
+    def stored(self, block: Block) -> memoryview:
+        """The sealed bytes of one of its blocks."""
+        return self.buffer[block.offset : block.offset + block.stored_bytes]
 
     def finish(self) -> tuple[bytes, int]:
         """Write footer and trailer; return (pack id, length in bytes). The pack is `buffer[:length]`."""

@@ -26,6 +26,7 @@ class CatalogWriter:
         self._waiting: dict[int, tuple[PageRef | None, int]] = {}
         self._next = 0
         self._level = 0
+        self._new_directories = self._changed_directories = self._read_files = 0
 
     def add(self, page: ScanPage) -> None:
         """Take a page; refs of pages go into the tree in the order of the scan."""
@@ -68,7 +69,15 @@ class CatalogWriter:
         counts.unmodified += page.count - page.new - page.changed
         progress.files, progress.size_bytes = counts.files, counts.size_bytes
         progress.entries += page.count - vanished
-        progress.new, progress.changed, progress.unmodified = counts.new, counts.changed, counts.unmodified
+        self._new_directories += page.new_directories
+        self._changed_directories += page.changed_directories
+        self._read_files += page.to_read
+        new, changed = self._new_directories, self._changed_directories
+        progress.new_directories, progress.changed_directories = new, changed
+        progress.unmodified_directories = counts.directories - new - changed
+        progress.new, progress.changed = counts.new - new, counts.changed - changed
+        progress.unmodified = counts.unmodified - progress.unmodified_directories
+        progress.read_files = self._read_files
 
     def _tell(self, page: ScanPage, on_item: Callable[[Item], None]) -> None:
         for directory, entries in page.sections:

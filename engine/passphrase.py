@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coffret.engine.errors import UsageError
+from coffret.engine.processes import environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +26,11 @@ MAX_PASSPHRASE_BYTES = 64 << 10
 def passphrase_variables(prefix: str = PREFIX) -> tuple[str, str, str]:
     """The variables that may give a passphrase: as it is, in a file, by a command."""
     return prefix, f"{prefix}_FILE", f"{prefix}_COMMAND"
+
+
+def passphrase_is_set(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
+    """Whether one of the variables is set, to whatever value."""
+    return any(name in env for name in passphrase_variables(prefix))
 
 
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:
@@ -90,7 +96,7 @@ def _from_command(name: str, line: str) -> bytes:
         command = shlex.split(line)
         if not command:
             raise UsageError(f"{name} is empty", remedy="give it a command, or unset it")
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
             data = process.stdout.read(MAX_PASSPHRASE_BYTES + 3) if process.stdout else b""
             if len(data) > MAX_PASSPHRASE_BYTES + 2:
                 process.kill()

@@ -11,7 +11,7 @@ buffers (uploads + 3, 32 MiB each). A stage acquires room downstream before it p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,13 +35,14 @@ from coffret.engine.upload import upload_stage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coffret.connectors.base import Connector
+    from coffret.connectors.base import Capabilities, Connector
     from coffret.engine.index import IndexWriter
     from coffret.engine.known import KnownChunks
     from coffret.engine.progress import Progress
     from coffret.engine.records import Config, Counts
     from coffret.engine.scan import Scanner
     from coffret.engine.sealing import Sealer, Secrets
+    from coffret.engine.storecache import StoreCache
 
 # Pages per step of the scan thread: a step costs a hop of about 60 µs.
 _PAGES_A_STEP = 4
@@ -54,10 +55,14 @@ class Limits:
     workers: int = WORKERS
     slabs: int = SLABS_PER_WORKER
     sealers: int = max(2, os.cpu_count() or 1)
-    uploads: int = 2
+    uploads: int = 0  # 0: as many as suit the storage
     pages: int = 32
     blocks: int = 8
     runs: int = 4
+
+    def suited(self, capabilities: Capabilities) -> Limits:
+        """With what was left to the storage."""
+        return replace(self, uploads=self.uploads or capabilities.parallel_puts)
 
     @property
     def pack_buffers(self) -> int:
@@ -80,11 +85,12 @@ class Pipeline:
         index: IndexWriter,
         level: int | None,
         limits: Limits,
+        kept: StoreCache | None = None,
         progress: Progress,
         counts: Counts,
         fault: Callable[[bytes, str], None],
     ) -> None:
-        self._connector, self._known, self._index = connector, known, index
+        self._connector, self._known, self._index, self._kept = connector, known, index, kept
         self._config, self._secrets = config, secrets
         self._limits, self._progress, self._fault = limits, progress, fault
         self.meta = MetaChunks(secrets.id_key)
@@ -133,17 +139,20 @@ class Pipeline:
         """
         limits = self._limits
         threads = anyio.CapacityLimiter(limits.sealers + limits.uploads)
-        async with self._pool as pool, anyio.create_task_group() as group:
-            if isinstance(source, StreamSource):
-                group.start_soon(self._stream, source)
-            else:
-                group.start_soon(self._scan, source)
-                group.start_soon(self._chunk, pool)
-            group.start_soon(self._catalog)
-            group.start_soon(self._dedup)
-            group.start_soon(self._seal, threads)
-            for _ in range(limits.uploads):
-                group.start_soon(self._upload, threads)
+        try:
+            async with self._pool as pool, anyio.create_task_group() as group:
+                if isinstance(source, StreamSource):
+                    group.start_soon(self._stream, source)
+                else:
+                    group.start_soon(self._scan, source)
+                    group.start_soon(self._chunk, pool)
+                group.start_soon(self._catalog)
+                group.start_soon(self._dedup)
+                group.start_soon(self._seal, threads)
+                for _ in range(limits.uploads):
+                    group.start_soon(self._upload, threads)
+        finally:
+            self._packer.close()
 
     async def _scan(self, scanner: Scanner) -> None:
         async with anyio.create_task_group() as group:
@@ -183,7 +192,7 @@ class Pipeline:
         self.root = await catalog_stage(self._complete, self._catalog_runs, writer=self._writer, meta=self.meta)
 
     async def _dedup(self) -> None:
-        await dedup_stage(self._runs, self._dedup_blocks, known=self._known, progress=self._progress)
+        await dedup_stage(self._runs, self._dedup_blocks, known=self._known, index=self._index, progress=self._progress)
 
     async def _seal(self, threads: anyio.CapacityLimiter) -> None:
         with self._seal_packs as outbox:
@@ -200,6 +209,7 @@ class Pipeline:
             index=self._index,
             threads=threads,
             progress=self._progress,
+            kept=self._kept,
         )
 
 

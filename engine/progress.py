@@ -33,8 +33,10 @@ class Fault:
 class Progress:
     """Counters of a running operation, to be read at any time, and callbacks for its events.
 
-    Totals are None until they are known; `subject` is the short id of the snapshot at work. `on_item` is called for
-    each path when it is set; `on_fault` for each fault, `on_note` for a remark that is no fault.
+    Totals are None until they are known; `subject` is the short id of the snapshot at work. `new`, `changed` and
+    `unmodified` count all that is no directory, `read_files` those files of a backup that had to be read; `size_bytes`
+    are of files, but while a check is at its packs those of packs. `on_item` is called for each path when it is set;
+    `on_fault` for each fault, `on_note` for a remark that is no fault.
     Callbacks run on the event loop and must not block.
     """
 
@@ -48,6 +50,10 @@ class Progress:
     new: int = 0
     changed: int = 0
     unmodified: int = 0
+    new_directories: int = 0
+    changed_directories: int = 0
+    unmodified_directories: int = 0
+    read_files: int = 0
     read_bytes: int = 0
     added_bytes: int = 0
     stored_bytes: int = 0

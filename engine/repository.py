@@ -7,18 +7,20 @@ async with open_repository("/var/backups", passphrase=lambda: b"…") as reposit
 from __future__ import annotations
 
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
 
-from coffret.connectors.errors import AlreadyExists, NotFound
-from coffret.connectors.registry import open_connector
+from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
+from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
 from coffret.engine.keyring import put_slot, read_keyring
+from coffret.engine.objects import put_once
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coffret.connectors.base import Connector
+    from coffret.connectors.trace import Calls
+    from coffret.engine.fetch import Fetcher
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
     from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
     from coffret.engine.progress import Progress
-    from coffret.engine.records import Config, Entry
+    from coffret.engine.records import Config, Entry, SourceFault
     from coffret.engine.sealing import Secrets
     from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.storecache import StoreCache
     from coffret.engine.stream import StreamSource
 
 CONFIG = "config"
@@ -43,15 +48,20 @@ CONFIG = "config"
 class OpenOptions:
     """How to reach a repository, and where this machine keeps what it knows of it.
 
-    `connector`: options of the storage. `cache_dir` and `state_dir` default to the user's folders. `expect_id`: accept
-    this repository, and no other.
+    `connector`: options of the storage; `transfers`: how it is used. `cache_dir` and `state_dir` default to the user's
+    folders. `expect_id`: accept this repository, and no other. `encrypted_only`: refuse one without encryption, since a
+    passphrase was given.
     """
 
     connector: Mapping[str, str] = field(default_factory=dict)
+    transfers: Transfers = field(default_factory=Transfers)
     cache_dir: Path | None = None
     state_dir: Path | None = None
     use_cache: bool = True
     expect_id: str | None = None
+    encrypted_only: bool = False
+    #: What was asked of each storage that was opened with these options, by location and method.
+    calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
 
 
 class Repository:
@@ -67,37 +77,64 @@ class Repository:
         slot_id: str,
         options: OpenOptions,
         notes: list[str],
+        kept: StoreCache | None = None,
+        writing: bool = False,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
         #: The config, as stored and as read; and the key slot that opened it, "" without encryption.
         self.config_data, self.config, self.slot_id = config_data, configuration.parse_config(config_data), slot_id
-        self.options = options
+        self.options, self._writing = options, writing
+        #: The readers' view of the index; each attempt has one of its own.
+        self.mirror.relist = self._relist
         #: Remarks for the user that came up while opening.
         self.notes = notes
         self.id_bytes = bytes.fromhex(self.config.repository_id)
         self.sealer = Sealer(secrets, self.id_bytes)
+        #: What is kept locally of a storage elsewhere, if anything is.
+        self.kept = kept
         self._commits: Commits | None = None
 
     async def commits(self) -> Commits:
-        """The snapshots there are, listed once; the mirror is in step with the index then."""
+        """The snapshots there are, listed once, and anew after a backup; the mirror is in step with the index then."""
         if self._commits is None:
-            from coffret.engine.attempt import update_mirror
             from coffret.engine.snapshot import load_commits
 
-            names = [info.name async for info in self.connector.list("index/")]
-            self._commits = await load_commits(self.connector, self.sealer)
-            damaged = await update_mirror(self.connector, self.sealer, self.mirror, names, self._commits)
-            self.notes += [f"left out, since it is damaged: {reason}" for _, reason in self._commits.damaged + damaged]
+            # Before the index: of a snapshot that is listed all index objects are there.
+            commits = await load_commits(self.connector, self.sealer, self.kept)
+            damaged = await self._follow(commits)
+            self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
+            self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
+            self._commits = commits
         return self._commits
+
+    async def _relist(self) -> None:
+        await self._follow(await self.commits())
+
+    async def _follow(self, commits: Commits) -> list[tuple[str, str]]:
+        """Bring the readers' view up to date; return what is damaged."""
+        from coffret.engine.attempt import list_index, update_mirror
+
+        listed = await list_index(self.connector)
+        return await update_mirror(self.connector, self.sealer, self.mirror, listed, commits)
 
     async def find_snapshot(self, text: str) -> Snapshot:
         """The snapshot meant by an id, a unique prefix of one, or `latest`.
 
         :raises NoSuchSnapshot: if none is meant, or several are
+        :raises Damaged: if `latest` may mean one that can't be read
         """
         from coffret.engine.snapshot import find_snapshot
 
-        return find_snapshot((await self.commits()).snapshots, text)
+        return find_snapshot(await self.commits(), text)
+
+    async def faults(self, snapshot: Snapshot) -> list[SourceFault]:
+        """What could not be backed up as it should when a snapshot was made: listed headers are without it.
+
+        :raises Damaged: if the snapshot's object is not what was stored
+        """
+        from coffret.engine.snapshot import load_faults
+
+        return await load_faults(self.connector, self.sealer, snapshot)
 
     async def backup(
         self,
@@ -105,11 +142,20 @@ class Repository:
         options: BackupOptions | None = None,
         progress: Progress | None = None,
     ) -> BackupSummary:
-        """Back up paths, or a stream, as one snapshot; see `ops.backup.backup`."""
+        """Back up paths, or a stream, as one snapshot; see `ops.backup.backup`.
+
+        :raises RepositoryChanged: if data might be written in clear to a repository put in the place of another
+        """
         from coffret.engine.ops import backup
         from coffret.engine.progress import Progress
 
-        return await backup.backup(self, source, options or backup.BackupOptions(), progress or Progress())
+        options = options or backup.BackupOptions()
+        if not self._writing and not options.dry_run:
+            await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
+            self._writing = True
+        summary = await backup.backup(self, source, options, progress or Progress())
+        self._commits = None
+        return summary
 
     async def restore(
         self,
@@ -140,6 +186,13 @@ class Repository:
 
         return await check.check(self, targets, options or check.CheckOptions(), progress or Progress())
 
+    def fetcher(self, mirror: Mirror | None = None) -> Fetcher:
+        """What reads chunks back, by the readers' view of the index or another; with what is kept locally."""
+        from coffret.engine.fetch import Fetcher
+
+        view = self.mirror if mirror is None else mirror
+        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept)
+
     async def entries(
         self, snapshot: Snapshot, path: bytes, *, recursive: bool
     ) -> AsyncIterator[tuple[bytes, list[Entry]]]:
@@ -150,10 +203,9 @@ class Repository:
         import stat
 
         from coffret.engine.catalog_reader import Catalog
-        from coffret.engine.fetch import Fetcher
 
         await self.commits()
-        fetcher = Fetcher(self.connector, self.sealer, self.mirror, id_key=self.secrets.id_key)
+        fetcher = self.fetcher()
         catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
         entry = await catalog.find(path)
         if entry is None:
@@ -168,11 +220,23 @@ class Repository:
             async for entries in catalog.listing(path):
                 yield path, entries
 
-    def own_places(self) -> frozenset[tuple[int, int]]:
-        """(device, inode) of the directories a backup leaves out: the repository itself, and Coffret's own."""
-        places = [_cache_folder(self.options), self.options.state_dir or state.state_folder()]
-        if self.connector.location.startswith("file://"):
-            places.append(self.connector.path)  # type: ignore[attr-defined]
+    def own_places(self, roots: Sequence[bytes]) -> frozenset[tuple[int, int]]:
+        """(device, inode) of the directories that a backup of `roots` leaves out: the repository, and Coffret's own.
+
+        A folder for cache or state that the user chose may hold other things, as may one that a root lies in: there
+        only what Coffret keeps of repositories is left out.
+        """
+        asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
+        cache = _cache_folder(self.options), self.options.cache_dir, "[0-9a-f]" * 64 + "-*"
+        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, "pins"
+        places: list[Path] = []
+        for folder, chosen, pattern in (cache, kept):
+            real = os.path.realpath(folder)
+            if chosen or any(os.path.commonpath((real, path)) == real for path in asked_for):
+                places += folder.glob(pattern)
+            else:
+                places.append(folder)
+        places += self.connector.places
         found = set()
         for place in places:
             try:
@@ -187,13 +251,18 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
     """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
 
     :raises UsageError: if there is a repository already, or the passphrase is empty
+    :raises NoRepository: if the place holds something else
     """
     options = options or OpenOptions()
     secrets = keys.new_secrets(encrypted=passphrase is not None)
     config = configuration.new_config(secrets)
     data = configuration.config_bytes(config)
-    async with open_connector(url, options.connector) as connector:
-        await connector.create()
+    async with bare_storage(url, options) as connector:
+        try:
+            await connector.create()
+        except NotStorage as error:
+            await _check_not_lost(connector, url)
+            raise NoRepository(str(error), remedy="choose a new or an empty folder") from None
         taken = UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
         try:
             await connector.stat(CONFIG)
@@ -209,7 +278,7 @@ async def create_repository(url: str, *, passphrase: bytes | None, options: Open
             await put_slot(connector, slot_id, slot)
         try:
             # Last: with its config the repository exists.
-            await connector.put(CONFIG, [data], if_absent=True)
+            await put_once(connector, CONFIG, data)
         except AlreadyExists:
             raise taken from None
         state.remember(
@@ -248,35 +317,79 @@ async def _probe(connector: Connector) -> None:
 
 @asynccontextmanager
 async def open_repository(
-    url: str, *, passphrase: Callable[[], bytes] | None = None, options: OpenOptions | None = None
+    url: str,
+    *,
+    passphrase: Callable[[], bytes] | None = None,
+    options: OpenOptions | None = None,
+    writing: bool = False,
 ) -> AsyncIterator[Repository]:
     """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
 
+    `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
+    put in its place.
+
     :raises NoRepository: if there is none
+    :raises UsageError: if it has no encryption, and that is asked for
     :raises WrongPassphrase: if the passphrase opens nothing, or none is given
     :raises RepositoryChanged: if it is not the one that was at this location before
     """
     from coffret.engine.mirror import Mirror, mirror_folder
 
     options = options or OpenOptions()
-    async with open_connector(url, options.connector) as connector:
+    async with bare_storage(url, options) as connector:
         data = await _config(connector, url)
         config = configuration.parse_config(data)
         digest = configuration.config_hash(data)
-        known = (connector.location, config.repository_id, config.encrypted, digest, options.expect_id)
-        state.check(*known, pin=False, folder=options.state_dir)
+        _check_pins(connector, data, options, pin=False)
+        _check_encryption(config, url, options)
         slot_id, secrets = await _unlock(connector, config, digest, passphrase)
-        note = state.check(*known, folder=options.state_dir)
-        folder = None
-        if options.use_cache:
-            folder = mirror_folder(_cache_folder(options), config.repository_id, connector.location)
+        note = _check_pins(connector, data, options, writing=writing)
+        folder, cache, kept = None, _cache_folder(options), None
+        if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
+            folder = mirror_folder(cache, config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
+        if folder is not None and not mirror.why_private and not connector.places:
+            from coffret.engine.storecache import StoreCache
+
+            kept = StoreCache(folder / "stored.db")
         try:
-            notes = [text for text in (note, mirror.why_private if options.use_cache else "") if text]
-            yield Repository(connector, data, secrets, mirror, slot_id=slot_id, options=options, notes=notes)
+            notes = [note] if note else []
+            if options.use_cache and mirror.why_private:
+                notes.append(f"no local cache is kept: {mirror.why_private}")
+            yield Repository(
+                connector,
+                data,
+                secrets,
+                mirror,
+                slot_id=slot_id,
+                options=options,
+                notes=notes,
+                kept=kept,
+                writing=writing,
+            )
+            notes += connector.notes
         finally:
             with anyio.CancelScope(shield=True):
                 await mirror.close()
+                if kept is not None:
+                    await kept.close()
+
+
+def _check_pins(
+    connector: Connector, data: bytes, options: OpenOptions, *, pin: bool = True, writing: bool = False
+) -> str:
+    """Whether this is the repository that was here before; see `state.check`."""
+    config = configuration.parse_config(data)
+    return state.check(
+        connector.location,
+        config.repository_id,
+        config.encrypted,
+        configuration.config_hash(data),
+        options.expect_id,
+        pin=pin,
+        writing=writing,
+        folder=options.state_dir,
+    )
 
 
 @asynccontextmanager
@@ -284,9 +397,14 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
     """The storage of a repository, without its keys: for what needs no passphrase.
 
     :raises NoRepository: if there is no repository
+    :raises UsageError: if it has no encryption, and that is asked for
+    :raises RepositoryChanged: if it is not the one expected
     """
+    options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
-        configuration.parse_config(await _config(connector, url))
+        config = configuration.parse_config(await _config(connector, url))
+        state.check_expected(connector.location, config.repository_id, options.expect_id)
+        _check_encryption(config, url, options)
         yield connector
 
 
@@ -294,7 +412,9 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
     """The storage at a location, whatever is there: for putting back what a repository lost."""
     options = options or OpenOptions()
-    async with open_connector(url, options.connector) as connector:
+    connector, calls = connect(url, options.connector, options.transfers)
+    async with connector:
+        options.calls[connector.location] = calls
         yield connector
 
 
@@ -303,7 +423,30 @@ async def _config(connector: Connector, url: str) -> bytes:
         size_bytes = (await connector.stat(CONFIG)).size_bytes
         return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
     except NotFound:
+        await _check_not_lost(connector, url)
         raise NoRepository(f"no repository at {url}") from None
+
+
+async def _check_not_lost(connector: Connector, url: str) -> None:
+    """Where there is no config, there must be no packs either.
+
+    :raises NoRepository: if there are
+    """
+    with suppress(ConnectorError):
+        async for _ in connector.list("packs/"):
+            raise NoRepository(
+                f"{url} holds a repository that has lost its config",
+                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`",
+            )
+
+
+def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
+    """Refuse a repository without encryption, if so asked: before it is remembered, and before anything is stored."""
+    if options.encrypted_only and not config.encrypted:
+        raise UsageError(
+            f"a passphrase is given, but the repository at {url} has no encryption",
+            remedy="unset it if that is intended; otherwise do not trust this storage",
+        )
 
 
 async def _unlock(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from coffret.engine.openworker import reserve
+from coffret.engine.restore_writer import is_same, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,8 @@ Chunk = tuple[bytes, int, "Location | None"]
 # Of a window's files: as many as keep a worker busy for some ten milliseconds, since a block that two windows need is
 # opened twice; and not so many that a worker holds much memory.
 _MAX_FILES, _MAX_RAW_BYTES = 1024, 16 << 20
+# A worker holds all blocks of a window open, and of these it may need little.
+_MAX_BLOCK_BYTES = 64 << 20
 
 
 def file_meta(entry: Entry, xattrs: Sequence[tuple[bytes, bytes]]) -> tuple[Any, ...]:
@@ -36,7 +39,8 @@ def temporary_name() -> bytes:
 class Window:
     """The blocks that fit in one slab, and the files made of them.
 
-    `groups`: [(directory, [(name, temporary, meta, parts, extents)])]; a part is (block, inner, length, chunk id).
+    `files`: how many. `groups`: [(directory, [(name, temporary, meta, parts, extents)])]; a part is (block, inner,
+    length, chunk id).
     """
 
     def __init__(self, slab_bytes: int) -> None:
@@ -45,18 +49,20 @@ class Window:
         self.raw_bytes = 0
         self._slab_bytes = slab_bytes
         self._numbers: dict[tuple[bytes, int], int] = {}
-        self._stored_bytes = 0
-        self._files = 0
+        self._stored_bytes = self._block_bytes = 0
+        self.files = 0
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether another file of these chunks, or a file at all, fits."""
-        if self._files >= _MAX_FILES or self.raw_bytes >= _MAX_RAW_BYTES:
+        if self.files >= _MAX_FILES or self.raw_bytes >= _MAX_RAW_BYTES:
             return False
-        room = self._slab_bytes - self._stored_bytes
-        if sum([found.stored_bytes for _, _, found in chunks if found is not None]) <= room:
+        room, open_room = self._slab_bytes - self._stored_bytes, _MAX_BLOCK_BYTES - self._block_bytes
+        blocks = [found for _, _, found in chunks if found is not None]
+        if sum([f.stored_bytes for f in blocks]) <= room and sum([f.raw_bytes for f in blocks]) <= open_room:
             return True
-        more = {(found.pack, found.offset): found.stored_bytes for _, _, found in chunks if found is not None}
-        return sum(size for key, size in more.items() if key not in self._numbers) <= room
+        more = {(found.pack, found.offset): found for found in blocks}
+        new = [found for key, found in more.items() if key not in self._numbers]
+        return sum([f.stored_bytes for f in new]) <= room and sum([f.raw_bytes for f in new]) <= open_room
 
     def part(self, chunk_id: bytes, length: int, location: Location) -> tuple[int, int, int, bytes]:
         """A chunk as a worker finds it; its block joins the window."""
@@ -66,6 +72,7 @@ class Window:
             number = self._numbers[key] = len(self.blocks)
             self.blocks.append(location)
             self._stored_bytes += location.stored_bytes
+            self._block_bytes += location.raw_bytes
         self.raw_bytes += length
         return number, location.inner, length, chunk_id
 
@@ -84,7 +91,25 @@ class Window:
         if not self.groups or self.groups[-1][0] != directory:
             self.groups.append((directory, []))
         self.groups[-1][1].append((name, temporary_name() if temporary else b"", meta, parts, extents))
-        self._files += 1
+        self.files += 1
+
+    def made(self, number: int) -> tuple[bytes, bytes]:
+        """Where the n-th file is made: (directory, the name it has meanwhile)."""
+        directory, (name, temporary, *_) = self._at(number)
+        return directory, temporary or name
+
+    def path(self, number: int) -> bytes:
+        """Where the n-th file belongs, below the target."""
+        directory, file = self._at(number)
+        name: bytes = file[0]
+        return directory + b"/" + name if directory else name
+
+    def _at(self, number: int) -> tuple[bytes, Any]:
+        for directory, files in self.groups:
+            if number < len(files):
+                return directory, files[number]
+            number -= len(files)
+        raise IndexError(number)
 
 
 class LargeFile:
@@ -93,13 +118,15 @@ class LargeFile:
     def __init__(self, directory: bytes, name: bytes, meta: tuple[Any, ...], extents: bytes) -> None:
         self.directory, self.name, self.meta = directory, name, meta
         self.temporary = temporary_name()
+        # What it is known by (device, inode, owner), since its name may be given to something else.
+        self.identity = (0, 0, 0)
         self.unfinished, self.complete, self.reason = 0, False, ""
         self._sparse = bool(extents)
         self._extents: deque[tuple[int, int]] = deque(struct.iter_unpack("<QQ", extents) if extents else [(0, meta[3])])
         self._writes: list[list[Any]] = []
 
-    def create(self, places: Places, sparse: bool) -> None:
-        """Make the file, with its final size.
+    def create(self, places: Places, sparse: bool) -> list[str]:
+        """Make the file, with its final size; return what there is to say about it.
 
         :raises OSError: if it can't be
         """
@@ -107,12 +134,22 @@ class LargeFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self.temporary, flags, 0o600, dir_fd=folder)
         try:
-            reserve(fd, self.meta[3], sparse=sparse or not self._sparse)
+            status = os.fstat(fd)
+            self.identity = status.st_dev, status.st_ino, status.st_uid
+            return reserve(fd, self.meta[3], sparse=sparse, holes=self._sparse)
         except OSError:
             os.unlink(self.temporary, dir_fd=folder)
             raise
         finally:
             os.close(fd)
+
+    def remove(self, places: Places) -> None:
+        """Remove it, if it is there and still unfinished."""
+        with contextlib.suppress(OSError):
+            folder = places.enter(self.directory)
+            status = os.stat(self.temporary, dir_fd=folder, follow_symlinks=False)
+            if is_same(status, self.identity):
+                os.unlink(self.temporary, dir_fd=folder)
 
     def add(self, window: Window, chunk_id: bytes, length: int, location: Location) -> None:
         """The next chunk of the stream: it continues the last write, or, where a hole comes between, begins another."""

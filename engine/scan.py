@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from time import time_ns
 from typing import TYPE_CHECKING
 
+from coffret.engine._read import file_system_type
 from coffret.engine._scan import Directory, EntryLoop
 from coffret.engine.catalog import join_path, section_weight
-from coffret.engine.chunkworker import open_path, read_xattrs
+from coffret.engine.chunkworker import PATH_MAX, PSEUDO, open_path, open_unlinked, read_xattrs
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import SourceError
 from coffret.engine.filters import RULES_MAX_BYTES
@@ -29,18 +30,10 @@ if TYPE_CHECKING:
     from coffret.engine.filters import Filters, FilterScope
     from coffret.engine.records import Entry
 
-# File systems that hold no data of their own, by the magic numbers of statfs(2): proc, sysfs, cgroup, cgroup2,
-# debugfs, tracefs, securityfs, devpts, pstore, bpf, configfs, efivarfs, binfmt_misc, mqueue, fusectl, selinuxfs,
-# nsfs, rpc_pipefs.
-PSEUDO = frozenset(
-    (
-        *(0x9FA0, 0x62656572, 0x27E0EB, 0x63677270, 0x64626720, 0x74726163, 0x73636673, 0x1CD1, 0x6165676C),
-        *(0xCAFE4A11, 0x62656570, 0xDE5E81E4, 0x42494E4D, 0x19800202, 0x65735543, 0xF97CFF8C, 0x6E736673, 0x67596969),
-    )
-)
 # Longest path given to a system call in one piece; a name of 255 bytes still fits behind it.
 _LONG = 3800
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +56,16 @@ class Roots:
 
     `paths` are as typed; relative ones begin in the current directory.
 
-    :raises SourceError: if none of them exists
+    :raises SourceError: if none of them exists, or the current directory does not that they begin in
     """
 
     def __init__(self, paths: Sequence[bytes], fault: Callable[[bytes, str], None]) -> None:
-        absolute = sorted({os.path.abspath(path) for path in paths}, key=lambda path: path.split(b"/"))
+        absolute = sorted({_absolute(path) for path in paths}, key=lambda path: path.split(b"/"))
         found: list[bytes] = []
         missing: list[tuple[bytes, str]] = []
         for path in absolute:
             try:
-                os.lstat(path)
+                _look_at(path)
             except OSError as error:
                 missing.append((path, error.strerror or str(error)))
                 continue
@@ -102,6 +95,23 @@ class Roots:
                     names.append(part)
         for names in self.ancestors.values():
             names.sort()
+        # Where that lies what was named by way of links, here or on the way: below it no link is followed.
+        self.real = {name: real for name in self.names if (real := os.path.realpath(b"/" + name)) != b"/" + name}
+
+    def real_path(self, directory: bytes) -> bytes:
+        """The path of a directory without the links by which it was named."""
+        if self.real:
+            head, rest = directory, b""
+            while head and head not in self.names:
+                head, _, name = head.rpartition(b"/")
+                rest = b"/" + name + rest
+            if head in self.real:
+                return self.real[head].rstrip(b"/") + rest
+        return b"/" + directory
+
+    def hidden_by(self, directory: bytes) -> list[bytes]:
+        """Those of `paths` that lie in a directory, or are it."""
+        return [path for path in self.paths if path[1:] == directory or path.startswith(b"/" + directory + b"/")]
 
 
 class Scanner(EntryLoop):
@@ -136,7 +146,7 @@ class Scanner(EntryLoop):
         return pages
 
     def _walk(self) -> Iterator[ScanPage]:
-        self._stack.append((b"", None, 0))
+        self._stack.append((b"", None, os.stat(b"/").st_dev))
         while self._stack:
             yield from self._directory(*self._stack.pop())
         if self.page.count:
@@ -147,12 +157,15 @@ class Scanner(EntryLoop):
         """Add a directory's entries, in order, to the current page and those after it."""
         roots, path, found = self._roots, b"/" + directory, Directory()
         on_the_way = directory in roots.ancestors
+        origin = roots.real_path(directory)
         handle = -1
         try:
             if not on_the_way:
-                # A directory that has become a link since it was seen is not followed, but one that was typed is.
-                handle = open_path(path, _LIST if directory in roots.names else _LIST | os.O_NOFOLLOW)
+                # A directory that has become a link since it was seen is not followed, nor one above it that has.
+                handle = open_unlinked(origin, _LIST)
                 found.read(handle)
+            elif len(path) > _LONG:
+                handle = open_path(path, _PASS)
             if len(path) > _LONG:
                 path = b"/proc/self/fd/%d" % handle
             prefix = path if path.endswith(b"/") else path + b"/"
@@ -168,6 +181,7 @@ class Scanner(EntryLoop):
                 directory,
                 prefix,
                 b"/" + directory + b"/" if directory else b"/",
+                origin.rstrip(b"/") + b"/",
                 scope,
                 device,
                 on_the_way or directory in roots.inner,
@@ -209,13 +223,13 @@ class Scanner(EntryLoop):
         return not self._options.one_file_system and file_system_type(path) not in PSEUDO
 
     def left_out(self, below: bytes, real: bytes) -> None:
-        """A directory of Coffret's own was met: that is told if it was asked for."""
-        if below in self._roots.names:
-            self.fault(real, "left out: it is the repository, or Coffret's cache or state")
+        """A directory of Coffret's own was met: that is told if it, or anything in it, was asked for."""
+        for path in {real} if below in self._roots.names else self._roots.hidden_by(below):
+            self.fault(path, "left out: it is the repository, or Coffret's cache or state")
 
-    def source(self, real: bytes) -> bytes:
-        """Where to read a file: what a typed link leads to, else itself."""
-        return os.path.realpath(real) if real[1:] in self._roots.names else real
+    def source(self, real: bytes, origin: bytes) -> bytes:
+        """Where to read a file: what a typed link leads to, else where it lies."""
+        return os.path.realpath(real) if real[1:] in self._roots.names else origin
 
     def node(self, name: bytes, path: bytes, real: bytes, fields: tuple[int, ...], device: int) -> Entry | None:
         """The entry of what is no regular file, from `chunkworker.STAT_FIELDS`; `device`: what a device node means."""
@@ -249,11 +263,18 @@ def _read_rules(path: bytes, name: bytes) -> bytes | None:
         os.close(fd)
 
 
-def file_system_type(path: bytes) -> int:
-    """The magic number of the file system at `path`, by statfs(2); 0 if it can't be told."""
-    import ctypes  # 15 ms, for the few that meet another file system
+def _absolute(path: bytes) -> bytes:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise SourceError(
+            "the current directory does not exist any more", remedy="change to another, or give absolute paths"
+        ) from None
 
-    buffer = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None, use_errno=True).statfs(path, buffer) != 0:
-        return 0
-    return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF
+
+def _look_at(path: bytes) -> None:
+    """Fail as lstat(2) does, for a path of any length."""
+    if len(path) < PATH_MAX:
+        os.lstat(path)
+    else:
+        os.close(open_path(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 
 from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
+from coffret.engine.objects import MAX_SNAPSHOT_BYTES, batches, read_listed
 from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from coffret.connectors.base import Connector
+    from coffret.connectors.base import Connector, ObjectInfo
+    from coffret.engine.records import SourceFault
     from coffret.engine.sealing import Sealer
+    from coffret.engine.storecache import StoreCache
 
 SHORT_ID_DIGITS = 8
 # Headers are fetched this many at a time.
@@ -31,7 +33,10 @@ class NoSuchSnapshot(CoffretError):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A committed snapshot: its header and the attempt that committed it."""
+    """A committed snapshot: its header and the attempt that committed it.
+
+    In a listing the header is without its faults, which may be many: `load_faults` has them.
+    """
 
     attempt: bytes
     header: SnapshotHeader
@@ -52,13 +57,15 @@ class Commits:
     """What stands in snapshots/: snapshots by time, the names of attempts that ended, and objects that are damaged.
 
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
-    writer that relies on it says it anew.
+    writer that relies on it says it anew. `doubtful`: the names of damaged objects that may be a later snapshot than
+    all others.
     """
 
     snapshots: list[Snapshot]
     committed: frozenset[str]
     revoked: frozenset[str]
     damaged: list[tuple[str, str]]
+    doubtful: tuple[str, ...] = ()
 
 
 def snapshot_name(attempt: bytes) -> str:
@@ -99,17 +106,23 @@ def open_end(sealer: Sealer, name: str, data: bytes) -> End:
         raise Damaged(f"{name}: {error}") from None
 
 
-async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
-    """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown."""
-    names = [info.name async for info in connector.list("snapshots/")]
+async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | None = None) -> Commits:
+    """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown.
+
+    What is `kept` locally is not read again: an object's name never gets another content.
+    """
+    listed = [info async for info in connector.list("snapshots/")]
     removed = {info.name[len("removed/") :] async for info in connector.list("removed/")}
     found: dict[bytes, Snapshot] = {}
     revoked: set[str] = set()
     damaged: list[tuple[str, str]] = []
+    known: dict[str, bytes] = {}
 
-    async def load(name: str) -> None:
+    async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
+        name = info.name
         try:
-            data = await connector.get(name)
+            if (data := known.get(name)) is None or len(data) != info.size_bytes:
+                data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
             if sealing.kind_of(data) == sealing.END:
                 if open_end(sealer, name, data).outcome == "revoked":
                     revoked.add(name.partition("/")[2])
@@ -123,23 +136,54 @@ async def load_commits(connector: Connector, sealer: Sealer) -> Commits:
         if f"{snapshot.id}-{snapshot.attempt.hex()}" not in removed:
             other = found.get(snapshot.header.snapshot_id)
             if other is None or snapshot.attempt < other.attempt:
-                found[snapshot.header.snapshot_id] = snapshot
+                light = msgspec.structs.replace(snapshot.header, faults=[])
+                found[snapshot.header.snapshot_id] = replace(snapshot, header=light)
 
-    for at in range(0, len(names), _AT_ONCE):
+    for batch in batches(listed, _AT_ONCE):
+        known = await kept.get([info.name for info in batch]) if kept is not None else {}
+        fetched: dict[str, bytes] = {}
         async with anyio.create_task_group() as group:
-            for name in names[at : at + _AT_ONCE]:
-                group.start_soon(load, name)
+            for info in batch:
+                group.start_soon(load, info, fetched)
+        if kept is not None:
+            await kept.keep(fetched)
     snapshots = sorted(found.values(), key=lambda snapshot: (snapshot.header.time_ns, snapshot.id))
-    committed = frozenset(name.partition("/")[2] for name in {*names}.difference(name for name, _ in damaged))
-    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged))
+    bad = {name for name, _ in damaged}
+    committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
+    doubtful = _not_older(listed, snapshots, bad)
+    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful)
 
 
-def find_snapshot(snapshots: Sequence[Snapshot], text: str) -> Snapshot:
+def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str]) -> tuple[str, ...]:
+    """Those of the damaged objects that, by the storage's clock, were not put before the latest snapshot."""
+    times = {info.name: info.mtime_s for info in listed}
+    latest_s = times[snapshot_name(snapshots[-1].attempt)] if snapshots else 0.0
+    return tuple(sorted(name for name in bad if times[name] >= latest_s))
+
+
+async def load_faults(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> list[SourceFault]:
+    """What could not be backed up as it should when a snapshot was made.
+
+    :raises Damaged: if the snapshot's object is not what was stored
+    :raises NotFound: if it is gone
+    """
+    info = await connector.stat(snapshot_name(snapshot.attempt))
+    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES)).header.faults
+
+
+def find_snapshot(commits: Commits, text: str) -> Snapshot:
     """The snapshot that is meant by an id, a unique prefix of one, or `latest`.
 
     :raises NoSuchSnapshot: if none is, or several are
+    :raises Damaged: if `latest` may mean one that can't be read
     """
+    snapshots = commits.snapshots
     if text == "latest":
+        if commits.doubtful:
+            raise Damaged(
+                f"{', '.join(commits.doubtful)} can't be read, and may be the latest snapshot",
+                remedy="name a snapshot by its id; `coffret at REPO ls` shows those that can be read",
+            )
         if not snapshots:
             raise NoSuchSnapshot("the repository has no snapshot", remedy="make one with `coffret at REPO backup PATH`")
         return snapshots[-1]

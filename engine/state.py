@@ -11,6 +11,7 @@ Everything here blocks for a few milliseconds: call it in a thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING
@@ -74,11 +75,7 @@ def check(
     :raises CoffretError: if the file that remembers is damaged
     """
     found = Pin(repository_id, encrypted, config_hash.hex())
-    if expect_id is not None and expect_id.strip().lower() != repository_id:
-        raise RepositoryChanged(
-            f"{location} holds repository {repository_id}, not the one expected, {expect_id.strip()}",
-            remedy="check the location; if the repository is the right one, expect its id",
-        )
+    check_expected(location, repository_id, expect_id)
     try:
         path = _path(location, folder)
         if _decide(location, _read(path), found, expect_id) or not pin:
@@ -90,7 +87,8 @@ def check(
                 shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
                 _write(path, _Location(shown, [*accepted, found]))
     except OSError as error:
-        note = f"this machine can't remember the repository to notice if another takes its place: {error}"
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        note = f"this machine can't remember the repository to notice if another takes its place: {reason}"
         if writing and not encrypted and expect_id is None:
             raise RepositoryChanged(
                 f"{note}; nothing is written in clear without certainty about that",
@@ -98,6 +96,18 @@ def check(
             ) from None
         return note
     return ""
+
+
+def check_expected(location: str, repository_id: str, expect_id: str | None) -> None:
+    """Compare the repository found with the one that is expected, if one is.
+
+    :raises RepositoryChanged: if it is another
+    """
+    if expect_id is not None and expect_id.strip().lower() != repository_id:
+        raise RepositoryChanged(
+            f"{location} holds repository {repository_id}, not the one expected, {expect_id.strip()}",
+            remedy="check the location; if the repository is the right one, expect its id",
+        )
 
 
 def remember(
@@ -135,7 +145,10 @@ def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | Non
 
 def _path(location: str, folder: Path | None) -> Path:
     name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
-    return (folder or state_folder()) / "pins" / f"{name}.json"
+    folder = folder or state_folder()
+    if not folder.is_absolute():  # a literal "~"
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory", str(folder))
+    return folder / "pins" / f"{name}.json"
 
 
 def _read(path: Path) -> list[Pin]:

@@ -1,8 +1,14 @@
-"""Stream: standard input, or what a command prints, as the one file of a snapshot."""
+"""Stream: standard input, or what a command prints, as the one file of a snapshot.
+
+Nobody knows when the next byte comes: a thread waits for it and for the end of the run at once, so that it can always
+be stopped. A command is the leader of a session of its own, and is ended with all that it started.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shlex
 import signal
 import stat
@@ -12,14 +18,17 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import anyio
 from anyio import to_thread
 from blake3 import blake3
 
+from coffret.engine.bridge import Stopped
 from coffret.engine.catalog import RefList
 from coffret.engine.chunker import Chunker
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import SourceError, UsageError
 from coffret.engine.messages import Run, ScanPage
+from coffret.engine.processes import environment, exit_of, how_ended
 from coffret.engine.records import Entry, pack_ref
 from coffret.engine.settings import SLAB_BYTES
 
@@ -34,6 +43,10 @@ if TYPE_CHECKING:
     from coffret.engine.sealing import Secrets
 
 _READ_BYTES = 1 << 20
+# How long the output of a command that has ended may stay open with nothing more coming (seconds).
+_SILENCE_S = 10.0
+# How long a command that was killed may take to end (seconds): it may be stuck in a system call.
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,7 @@ class StreamSource:
 
 
 class StreamReader:
-    """Reads, cuts and hashes a stream, step by step; `read` runs in a thread."""
+    """Reads, cuts and hashes a stream, step by step; `read` runs in a thread, and `stop` ends it from another."""
 
     def __init__(self, source: StreamSource, chunker: ChunkerConfig, secrets: Secrets) -> None:
         self._source, self._id_key = source, secrets.id_key
@@ -74,29 +87,46 @@ class StreamReader:
         self._carry = b""
         self._process: subprocess.Popen[bytes] | None = None
         self._fd = 0
+        self._stopping = os.eventfd(0, os.EFD_CLOEXEC)
+        self._ready = select.poll()
 
     def open(self) -> None:
         """Start the command, if there is one.
 
         :raises SourceError: if it can't be started, or standard input is a terminal
         """
-        if not self._source.command:
-            if sys.stdin is not None and os.isatty(0):
-                raise SourceError("standard input is a terminal", remedy="pipe something into the backup")
-            return
+        if self._source.command:
+            self._start(self._source.command)
+        elif sys.stdin is not None and os.isatty(0):
+            raise SourceError("standard input is a terminal", remedy="pipe something into the backup")
+        self._ready.register(self._fd, select.POLLIN)
+        self._ready.register(self._stopping, select.POLLIN)
+
+    def _start(self, command: str) -> None:
         try:
-            words = shlex.split(self._source.command)
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self._process = subprocess.Popen(
+                shlex.split(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                env=environment(),
+                start_new_session=True,
+            )
         except (OSError, ValueError, IndexError) as error:
-            raise SourceError(f"{self._source.command}: {error}", remedy="check --stdin-command") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is no command line"
+            remedy = "check --stdin-command; there is no shell, but it may be one: sh -c '...'"
+            raise SourceError(f"{command}: {reason}", remedy=remedy) from None
         assert self._process.stdout is not None
         self._fd = self._process.stdout.fileno()
 
     def read(self) -> tuple[bytes, bytes, bool]:
-        """The next (bytes, their chunks as refs, whether this was the end)."""
+        """The next (bytes, their chunks as refs, whether this was the end).
+
+        :raises SourceError: if there is no reading on
+        :raises Stopped: after `stop`
+        """
         parts, size, final = [self._carry], len(self._carry), False
         while size < self._step_bytes and not final:
-            data = os.read(self._fd, min(_READ_BYTES, self._step_bytes - size))
+            data = self._next(min(_READ_BYTES, self._step_bytes - size))
             parts.append(data)
             size += len(data)
             final = not data
@@ -108,25 +138,63 @@ class StreamReader:
         self._carry = bytes(view[at:])
         return joined[:at] if at < size else joined, b"".join(refs), final
 
-    def finish(self) -> None:
+    def _next(self, size_bytes: int) -> bytes:
+        """Up to `size_bytes`, as soon as there are any; none at the end."""
+        while True:
+            found = self._ready.poll(_SILENCE_S * 1000)
+            if any(fd == self._stopping for fd, _ in found):
+                raise Stopped
+            try:
+                if found:
+                    return os.read(self._fd, size_bytes)
+            except BlockingIOError:  # another process was faster
+                continue
+            except OSError as error:
+                what = self._source.command or "standard input"
+                raise SourceError(f"{what}: {error.strerror}", remedy="pipe something into the backup") from None
+            if self._has_ended():
+                raise SourceError(
+                    f"the command ended, but something it started keeps its output open: {self._source.command}",
+                    remedy="no snapshot was made; let the command wait for what it starts, or redirect its output",
+                )
+
+    def _has_ended(self) -> bool:
+        """Whether there is a command that has. It is left unreaped: so its number stays that of its group."""
+        if self._process is None:
+            return False
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def stop(self) -> None:
+        """Let `read` raise Stopped, now or when it is called."""
+        os.eventfd_write(self._stopping, 1)
+
+    async def finish(self) -> None:
         """Wait for the command.
 
         :raises SourceError: if it failed: then there must be no snapshot
         """
         if self._process is None:
             return
-        code = self._process.wait()
+        code = await exit_of(self._process)
         if code:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise SourceError(
-                f"the command {how}: {self._source.command}", remedy="no snapshot was made; mend the command"
+                f"the command failed ({how_ended(code)}): {self._source.command}",
+                remedy="no snapshot was made; mend the command",
             )
 
-    def close(self) -> None:
-        """End a command that still runs: nobody reads it any more."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+    async def close(self) -> None:
+        """End a command that was not waited for, with all that it started: nobody reads it any more."""
+        os.close(self._stopping)
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with anyio.move_on_after(_PATIENCE_S, shield=True):
+                await exit_of(process)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 async def stream_stage(
@@ -144,7 +212,7 @@ async def stream_stage(
     try:
         await to_thread.run_sync(reader.open)
         while not final:
-            data, refs, final = await to_thread.run_sync(reader.read, abandon_on_cancel=True)
+            data, refs, final = await _read(reader)
             for at in range(0, len(refs), 36):
                 chunks.add(refs[at : at + 32], int.from_bytes(refs[at + 32 : at + 36], "little"))
             size += len(data)
@@ -153,9 +221,9 @@ async def stream_stage(
                 await runs.send(Run(data, refs))
             for run in meta.runs():
                 await runs.send(run)
-        await to_thread.run_sync(reader.finish, abandon_on_cancel=True)
+        await reader.finish()
     finally:
-        reader.close()
+        await reader.close()
     if not size:
         fault(b"/" + source.name, "the stream was empty")
     content, depth = chunks.finish()
@@ -168,4 +236,27 @@ async def stream_stage(
     root = make_entry(b"", (root_mode, os.getuid(), os.getgid(), 0, now, now, 0, 0, 1), now)
     listed: list[Entry | None] = [root, entry]
     page = ScanPage(0, 1, sections=[(b"", listed)], count=2, files=1, directories=1, new=2)
+    page.new_directories = page.to_read = 1
     await pages.send(page)
+
+
+async def _read(reader: StreamReader) -> tuple[bytes, bytes, bool]:
+    """`reader.read` in a thread, which ends when this is cancelled."""
+    reading = True
+
+    async def stop_when_cancelled() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            if reading:
+                reader.stop()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(stop_when_cancelled)
+        try:
+            found = await to_thread.run_sync(reader.read)
+        except Stopped:  # the consequence of being cancelled, not a cause
+            await anyio.sleep_forever()
+        reading = False
+        group.cancel_scope.cancel()
+    return found

@@ -2,7 +2,10 @@
 
 A worker is `python -m MODULE`, not a fork: forking a process with threads is not safe, and multiprocessing would
 import a library user's main again. It inherits one end of a socketpair and a memfd; when its socket ends, it ends.
-Messages are frames of marshal, since both ends are the same interpreter.
+Messages are frames of marshal, since both ends are the same interpreter. A worker that fails says ("error", reason).
+
+It imports nothing from the current directory, which is what is being backed up as often as not: `-P` keeps it off the
+search path, and the worker's own is the root.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import signal
+import site
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ import anyio
 from coffret.engine.errors import WorkerDied
 from coffret.engine.flow import Waiters
 from coffret.engine.frames import frame, take_frames
+from coffret.engine.processes import environment, exit_of, how_ended
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -34,6 +39,10 @@ _READ = 1 << 18
 # Blocks of a MiB are allocated and freed all the time: keep the memory. Giving it back to the system and touching it
 # anew was 18 % of a restore (glibc, mallopt(3); other C libraries do not look).
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# What a worker imports beside the standard library.
+_PACKAGES = ("coffret", "blake3", "cryptography", "msgspec", "xxhash", "zstandard")
+# How long a worker that was told to end may take, and one that was killed (seconds).
+_PATIENCE_S = 5.0
 
 
 class Worker:
@@ -83,22 +92,25 @@ class WorkerPool:
                 self._group.cancel_scope.cancel()
             return await self._group.__aexit__(kind, error, trace)
         finally:
-            self._end(kill=error is not None)
+            with anyio.CancelScope(shield=True):
+                await self._end(kill=error is not None)
+            self._release()
 
     def start(self, hello: tuple[Any, ...]) -> None:
         """Start the processes, once.
 
         `hello`, and the numbers of the slabs that are its own, is the first message each gets: keys go there, never on
         a command line.
+
+        :raises WorkerDied: if the system does not let them start
         """
-        memory = os.memfd_create("coffret-slabs", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(memory, self._slabs * self.slab_bytes)
-            self._memory = mmap.mmap(memory, self._slabs * self.slab_bytes)
-            for number in range(self._count):
-                self.workers.append(self._spawn(memory, number))
-        finally:
-            os.close(memory)
+            self._start()
+        except OSError as error:
+            raise WorkerDied(
+                f"a worker process can't be started: {error.strerror}",
+                remedy="raise the limits of open files, processes and memory (ulimit -a), or use fewer --workers",
+            ) from error
         share = self._slabs // self._count
         for number, worker in enumerate(self.workers):
             self.send(worker, (*hello, list(range(number * share, (number + 1) * share))))
@@ -118,18 +130,35 @@ class WorkerPool:
             self._group.start_soon(self._flush, worker)
         worker.output += frame(message)
 
+    def _start(self) -> None:
+        memory = os.memfd_create("coffret-slabs", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(memory, self._slabs * self.slab_bytes)
+            self._memory = mmap.mmap(memory, self._slabs * self.slab_bytes)
+            for number in range(self._count):
+                self.workers.append(self._spawn(memory, number))
+        finally:
+            os.close(memory)
+
     def _spawn(self, memory: int, number: int) -> Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         arguments = [str(n) for n in (theirs.fileno(), memory, number, self._slabs, self.slab_bytes)]
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", self._module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), memory),
-                env={**os.environ, **_MALLOC, "PYTHONPATH": _search_path()},
-            )
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", self._module, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    # What went wrong comes as a message; a traceback is for those who ask for it.
+                    stderr=None if os.environ.get("COFFRET_TRACEBACK") else subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), memory),
+                    cwd="/",
+                    env={**environment(), **_MALLOC, "PYTHONPATH": _search_path()},
+                )
+        except BaseException:
+            ours.close()
+            raise
         return Worker(process, ours)
 
     async def _flush(self, worker: Worker) -> None:
@@ -152,26 +181,47 @@ class WorkerPool:
             except ConnectionResetError:
                 data = b""
             if not data:
-                code = worker.process.wait()
-                reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                raise WorkerDied(f"a worker process ended unexpectedly ({reason})")
+                raise WorkerDied(f"a worker process ended unexpectedly ({await _how_ended(worker)})")
             worker.input += data
             for message in take_frames(worker.input):
+                if message[0] == "error":
+                    raise WorkerDied(f"a worker process failed: {message[1]}")
                 await self._handle(worker, message)
 
-    def _end(self, *, kill: bool) -> None:
+    async def _end(self, *, kill: bool) -> None:
         self.closed = True
         for worker in self.workers:
             worker.socket.close()
             if kill:
                 worker.process.kill()
-        for worker in self.workers:
-            try:
-                worker.process.wait(5)
-            except subprocess.TimeoutExpired:  # stuck in a read of a dead network file system
-                worker.process.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.process.wait(5)
+        with anyio.move_on_after(_PATIENCE_S):
+            for worker in self.workers:
+                await exit_of(worker.process)
+        # Stuck in a read of a dead network file system?
+        left = [worker.process for worker in self.workers if worker.process.poll() is None]
+        with anyio.move_on_after(_PATIENCE_S):
+            for process in left:
+                process.kill()
+                await exit_of(process)
+
+    def _release(self) -> None:
+        """Give the slabs back to the system, whoever still has a view of one; nobody looks at it any more.
+
+        After an error that may be for long: tracebacks hold frames, frames hold slabs.
+        """
+        self.workers.clear()
+        del self._handle
+        if self._memory is not None:
+            self._memory.madvise(mmap.MADV_REMOVE)
+            with contextlib.suppress(BufferError):
+                self._memory.close()
+            self._memory = None
+
+
+async def _how_ended(worker: Worker) -> str:
+    with anyio.move_on_after(_PATIENCE_S):
+        return how_ended(await exit_of(worker.process))
+    return "it closed its socket"
 
 
 class Turns:
@@ -197,9 +247,13 @@ class Turns:
 
 
 def _search_path() -> str:
-    """PYTHONPATH for a worker: it imports the same code, whatever the parent did to its own path."""
-    home = next(
-        (path for path in sys.path if path and (Path(path) / "coffret" / "engine").is_dir()),
-        str(Path(__file__).parent.parent.parent),
-    )
-    return os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    """PYTHONPATH for a worker: where this process found the packages that a worker needs, if the interpreter does not
+    look there by itself. Whatever else this process has on its path is not the worker's.
+    """
+    folders: dict[str, None] = {}
+    for name in _PACKAGES:
+        spec = find_spec(name)
+        if spec is not None and spec.origin:
+            origin = Path(spec.origin)
+            folders[str((origin.parent.parent if spec.submodule_search_locations else origin.parent).absolute())] = None
+    return os.pathsep.join(folder for folder in folders if folder not in site.getsitepackages())

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import PosixPath
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 from tests import fault_harness
 from tests.fault_harness import PASSPHRASE, Here, contents, make_source, objects, put_in_place, replace_tree
-from tests.harness import Program, needs_root
+from tests.harness import NOBODY, Program, needs_root, with_mounts
 
 from coffret import cli
+from coffret.engine import check_packs
 from coffret.engine.configuration import config_bytes
-from coffret.engine.ops import check, restore
+from coffret.engine.ops import restore
 from coffret.engine.records import Config
 
 if TYPE_CHECKING:
@@ -43,7 +48,7 @@ UNSEEN = {("snapshots", "deleted")}
 @pytest.fixture(autouse=True)
 def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are what costs time here."""
-    monkeypatch.setattr(check, "OPEN_WORKERS", 1)
+    monkeypatch.setattr(check_packs, "OPEN_WORKERS", 1)
     monkeypatch.setattr(restore, "OPEN_WORKERS", 1)
 
 
@@ -172,8 +177,10 @@ def test_nothing_or_something_else_there(tmp_path: Path) -> None:
     for place in ("absent", "folder", "folder/file", "folder2", "folder/file/below"):
         for command in (["ls"], ["check"], ["check", "--packs"], ["backup", "."], ["restore", "latest"]):
             run("at", tmp_path / place, *command, codes=(10,))
-    for place in ("folder", "folder/file", "folder2"):
-        run("at", tmp_path / place, "create", "--no-encryption", codes=(1, 2, 10))
+    for place in ("folder", "folder/file"):
+        outcome = run("at", tmp_path / place, "create", "--no-encryption", codes=(10,))
+        assert outcome.stderr.endswith(" (choose a new or an empty folder)\n")
+    run("at", tmp_path / "folder2", "create", "--no-encryption", codes=(2,))
     assert (tmp_path / "folder" / "file").read_text() == "mine"
     assert sorted(os.listdir(tmp_path / "folder")) == ["file"]
     assert sorted(os.listdir(tmp_path / "folder2")) == ["config"]
@@ -200,15 +207,118 @@ def test_target_in_use(stage: Stage) -> None:
     assert target.read_text() == "a file"
     target.unlink()
     target.mkdir()
-    (target / "mine").touch()
-    assert "not empty" in stage.run("restore", "latest", "--to", target, codes=(1,)).stderr
-    assert os.listdir(target) == ["mine"]
+    (target / "large").write_text("mine")
+    assert "large is there already" in stage.run("restore", "latest", "--to", target, codes=(1,)).stderr
+    assert os.listdir(target) == ["large"]
+    assert (target / "large").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["altered", "missing"])
+def test_what_check_advises(tmp_path: Path, how: str) -> None:
+    """Who follows the last line of a check has a good snapshot of what is still there."""
+    run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path / "source")
+    run("backup", source, "--workers", "1")
+    (source / "later").write_bytes(b"later")
+    run("backup", source, "--workers", "1")
+    pack = max(objects(run.repository, "packs"), key=lambda path: path.stat().st_size)
+    data = pack.read_bytes()
+    pack.unlink() if how == "missing" else put_in_place(pack, data[:-1000] + bytes(1000))
+    last = run("check", codes=(4,)).stdout
+    assert last.startswith("check: found damage: 1 pack, 2 snapshots, ")
+    assert "; move damaged packs out of the repository, then run `coffret backup --force` on the hosts" in last
+    pack.unlink(missing_ok=True)
+    run("backup", "--force", source, "--workers", "1")
+    run("check", "latest")
+    run("restore", "latest", "--to", tmp_path / "target")
+    assert contents(tmp_path / "target") == contents(source)
+
+
+def test_damage_is_told_once(tmp_path: Path) -> None:
+    """Of a snapshot's object and of an index object."""
+    run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path / "source")
+    for number in range(2):
+        (source / "fresh").write_bytes(os.urandom(1000 + number))
+        run("backup", source, "--workers", "1")
+    damaged = [objects(run.repository, kind)[0] for kind in ("snapshots", "index")]
+    for path in damaged:
+        put_in_place(path, path.read_bytes()[:-1])
+    for how in ([], ["--fast"]):
+        told = run("check", *how, codes=(4,)).stderr.splitlines()
+        for path in damaged:
+            name = f"{path.relative_to(run.repository)}: "
+            assert [line.startswith(f"check: {name}") for line in told if name in line] == [True], told
+    # Of one that is not looked at there is a remark.
+    other = run("check", "latest", codes=(0, 4)).stderr
+    assert f"left out, since it is damaged: {damaged[0].relative_to(run.repository)}" in other
+
+
+def test_what_was_checked(stage: Stage) -> None:
+    stage.reset()
+    packs = len(objects(stage.run.repository, "packs"))
+    outcome = Here(stage.home)("check", "--packs")
+    assert outcome.stdout == f"check: the checksums of {packs} packs are right\n"
+    short = stage.run("ls").stdout.splitlines()[-1].split()[1]
+    once = stage.run("check", "latest").stdout
+    assert once == f"check: verification of {short}:{stage.source} completed successfully\n"
+    part = f"latest:{stage.source}/second"
+    for twice in (["latest", short], [part, "latest", part]):
+        assert stage.run("check", *twice).stdout == once
+    assert stage.run("check", part, part).stdout.count(short) == 1
+
+
+def test_no_cache(stage: Stage) -> None:
+    """Where the cache can't be kept that is said, and all goes on."""
+    stage.reset()
+    place = stage.home / "no-folder"
+    place.write_text("a file")
+    outcome = stage.run("ls", "--cache-dir", place)
+    assert re.fullmatch(rf"ls: note: no local cache is kept: {place}/\S+: Not a directory\n", outcome.stderr)
+    assert stage.run("ls", "--no-cache").stderr == ""
+
+
+@pytest.mark.parametrize(("slots", "code"), [("the one", 1), ("one of two", 12)])
+def test_damaged_key_slot(tmp_path: Path, slots: str, code: int) -> None:
+    """The way back is a recovery file."""
+    run = fault_harness.create(tmp_path)
+    [slot] = objects(run.repository, "keys")
+    if slots == "one of two":
+        with fault_harness.cheap_passphrases():
+            run("passphrase", "add", environment={"COFFRET_NEW_PASSPHRASE": "another"})
+    put_in_place(slot, slot.read_bytes()[:-1])
+    assert "`coffret at REPO passphrase add --from FILE`" in run("ls", codes=(code,)).stderr
+    assert "run `coffret at REPO check`" not in run("check", codes=(4 if code == 1 else code,)).stderr
+
+
+def test_no_room_to_create(tmp_path: Path) -> None:
+    program = Program(tmp_path, prefix=with_mounts(f'mount -t tmpfs -o nr_inodes=50 none {tmp_path}; exec "$0" "$@"'))
+    [line] = program("create", "--no-encryption", code=13).stderr.splitlines()
+    assert "No space left on device" in line
+    assert line.endswith("(free some space and run the command again)")
+
+
+@needs_root
+@pytest.mark.skipif(subprocess.run(["unshare", "--user", "true"]).returncode != 0, reason="no user namespaces here")
+def test_target_of_another(tmp_path: Path) -> None:
+    """A target whose own metadata can't be set has a name, too."""
+    program, target = Program(tmp_path), tmp_path / "target"
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    program("backup", tmp_path / "source")
+    target.mkdir()
+    os.chown(target, NOBODY, NOBODY)
+    target.chmod(0o777)
+    without_privileges = replace(program, prefix=("unshare", "--user"))
+    reason = "mode not set: Operation not permitted"
+    outcome = without_privileges("restore", "latest", "--to", target, code=3)
+    assert f"restore: {tmp_path}/source: {reason}" in outcome.stderr.splitlines()
+    outcome = without_privileges("restore", "--json", "latest", "--to", target, code=3)
+    assert outcome.faults[os.fsencode(tmp_path / "source")].endswith("Operation not permitted")
 
 
 @needs_root
 def test_not_permitted() -> None:
     """As a user who may not write: to the repository, to the target, and who may not read it either."""
-    from tests.harness import NOBODY, scratch
+    from tests.harness import scratch
 
     with scratch(uid=NOBODY) as home:
         run = Program(home, uid=NOBODY)
@@ -328,3 +438,57 @@ def test_secrets_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert secret.hex() not in shown
         assert repr(secret)[2:-1] not in shown
     assert PASSPHRASE not in shown
+
+
+def test_swapped_where_nothing_can_be_remembered(tmp_path: Path) -> None:
+    """An encrypted storage swapped for one without encryption, no passphrase in the environment: nothing is written."""
+    run = fault_harness.create(tmp_path)
+    source = make_source(tmp_path / "source", large_bytes=1 << 20)
+    (tmp_path / "no folder").touch()
+    shut = {"XDG_STATE_HOME": str(tmp_path / "no folder")}
+    run("backup", source, "--workers", "1", environment=shut)
+    run.repository.rename(tmp_path / "encrypted")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    fault_harness.create(elsewhere, encrypted=False).repository.rename(run.repository)
+    before = sorted(run.repository.rglob("*"))
+    clear = Here(tmp_path, shut)
+    outcome = clear("backup", source, "--workers", "1", codes=(1,))
+    assert "--expect-id" in outcome.stderr
+    assert "XDG_STATE_HOME" in outcome.stderr
+    assert sorted(run.repository.rglob("*")) == before
+    clear("ls")  # reading goes on
+    repository_id = msgspec.json.decode((run.repository / "config").read_bytes(), type=Config).repository_id
+    clear("--expect-id", repository_id, "backup", source, "--workers", "1")
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service, say: it is told what to do, and no directory called "~" is made."""
+    run = fault_harness.create(tmp_path, encrypted=False)
+    source = make_source(tmp_path / "source", large_bytes=1 << 20)
+    for folder in ("state", "cache"):
+        monkeypatch.setattr(f"platformdirs.user_{folder}_path", lambda *_, **__: PosixPath("~/folder"))
+    monkeypatch.chdir(tmp_path)
+    homeless = Here(tmp_path)
+    outcome = homeless("backup", source, "--workers", "1", codes=(1,))
+    assert "--expect-id" in outcome.stderr
+    assert "XDG_STATE_HOME" in outcome.stderr
+    assert not objects(run.repository, "packs")
+    repository_id = msgspec.json.decode((run.repository / "config").read_bytes(), type=Config).repository_id
+    homeless("--expect-id", repository_id, "backup", source, "--workers", "1")
+    assert not (tmp_path / "~").exists()
+
+
+def test_latest_can_t_be_read(stage: Stage) -> None:
+    """It is not silently an older one; by its id that one can be had."""
+    stage.reset()
+    snapshots = sorted(objects(stage.run.repository, "snapshots"), key=lambda path: path.stat().st_mtime)
+    data = snapshots[-1].read_bytes()
+    put_in_place(snapshots[-1], data[:-1])
+    for words in (["ls", "latest"], ["restore", "latest", "--to", str(stage.home / "t")]):
+        outcome = stage.run(*words, codes=(1,))
+        assert snapshots[-1].name in outcome.stderr
+        assert "by its id" in outcome.stderr
+    assert not (stage.home / "t").exists()
+    [older] = stage.run("ls", "--json", codes=(0, 3)).of_type("item")
+    stage.run("ls", str(older["snapshot_id"]), codes=(0, 3))

@@ -1,27 +1,28 @@
-"""Ctrl-C and SIGTERM at any moment, and a reader that goes away: all ends, nothing is left, the next run is good.
+"""Ctrl-C, SIGTERM and SIGHUP at any moment, a reader that goes away: all ends, nothing is left, the next run is good.
 
 The moments are random but the same in each run; COFFRET_TEST_ROUNDS=20 makes a campaign, COFFRET_TEST_SEED another one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from tests import fault_harness
 from tests.fault_harness import ROUNDS, SEED, contents, make_source, objects
-from tests.harness import ROOT, Program
+from tests.harness import ROOT, Program, interpreter
 from tests.processes import await_end, below, slept
 
-if TYPE_CHECKING:
-    from pathlib import Path
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -52,10 +53,7 @@ def interrupt(program: Program, number: int, after_s: float, *arguments: str | P
 def moments(what: str, count: int, longest_s: float) -> list[tuple[int, float]]:
     """Signals and when to send them."""
     rng = random.Random(f"{SEED} {what}")
-    return [
-        (rng.choice((signal.SIGINT, signal.SIGTERM)), round(rng.uniform(0.0, longest_s), 3))
-        for _ in range(count * ROUNDS)
-    ]
+    return [(rng.choice(STOPPING), round(rng.uniform(0.0, longest_s), 3)) for _ in range(count * ROUNDS)]
 
 
 def expect(code: int, text: str, done: int = 0) -> None:
@@ -63,12 +61,71 @@ def expect(code: int, text: str, done: int = 0) -> None:
 
     Before Python has started and after it has ended a signal kills, silently.
     """
-    if code != done and (code not in (-signal.SIGINT, -signal.SIGTERM) or text):
+    if code != done and (code not in [-number for number in STOPPING] or text):
         assert code == 130, (code, text)
         lines = text.splitlines()
         assert lines, "nothing was said"
         assert "interrupted" in lines[-1], text
         assert sum("interrupted" in line for line in lines) == 1, text
+
+
+def await_handler(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the program proper has begun: it handles SIGHUP, which Python by itself does not."""
+    caught = 0
+    while not caught >> (signal.SIGHUP - 1) & 1:
+        assert process.poll() is None, "it ended"
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)[1], 16)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_at_once(tmp_path: Path, number: int) -> None:
+    """Amid an import, here one that takes its time: one line, in JSON too."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "click.py").write_text("import time\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path / "slow"), interpreter(None)[1]])
+    for options in ([], ["--json"]):
+        process = Program(tmp_path, environment={"PYTHONPATH": path}).start("backup", *options, tmp_path)
+        await_handler(process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (130, b"coffret: interrupted\n")
+        expected = [{"message_type": "error", "message": "interrupted", "remedy": "", "code": 130}] if options else []
+        assert [json.loads(line) for line in out.splitlines()] == expected
+
+
+def stored_a_pack(program: Program, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None and not objects(program.repository, "packs"):
+        time.sleep(0.01)
+
+
+def test_a_closed_terminal(home: Path) -> None:
+    """SIGHUP goes to the whole group, twice: a clean end all the same, and what is stored is indexed."""
+    program = Program(home)
+    with (home / "source" / "much").open("wb") as file:
+        for number in range(8):
+            file.write(random.Random(number).randbytes(32 << 20))
+    process = program.start("backup", home / "source")
+    stored_a_pack(program, process)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    expect(process.returncode, err.decode())
+    assert process.returncode == 130
+    assert "what was stored is kept" in err.decode().splitlines()[-1]
+    assert objects(program.repository, "index")
+    assert not objects(program.repository, "leases")
+
+
+def test_nohup(home: Path) -> None:
+    """What is to be ignored is ignored."""
+    program = Program(home, prefix=("nohup",))
+    process = program.start("backup", "--stdin-name", "slow", "--stdin-command", "sh -c 'echo; sleep 1'")
+    while process.poll() is None and not objects(program.repository, "leases"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
 
 
 def test_backup(home: Path) -> None:

@@ -6,14 +6,19 @@ import os
 import re
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
-from tests import terminal
+from tests import fault_harness, terminal
 from tests.harness import ROOT, Program, interpreter
 
 from coffret import __version__
-from coffret.cli import COMMANDS
+from coffret.commands.line import COMMANDS
+from coffret.connectors.local import LocalConnector
+from coffret.engine import check_packs
+from coffret.engine.ops import restore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +85,7 @@ class TestSeeds:
 
     def test_push(self, tmp_path: Path) -> None:
         """The text of 2022, as far as there are commands: the repository in ~/.coffret, and `on`."""
-        program = Program(tmp_path, environment={"COFFRET_REPOSITORY": ""})
+        program = Program(tmp_path, prefix=("env", "-u", "COFFRET_REPOSITORY"))
         source = make_source(tmp_path)
         (tmp_path / "bin").symlink_to(source)
         program("create", "-no-encryption")
@@ -133,6 +138,21 @@ class TestLine:
             ["passphrase", "rm"],
             ["version", "1"],
             ["\x1b[31m"],
+            ["at", "memory://x", "create", "--no-encryption"],
+            ["at", "", "ls"],
+            ["ls", "--cache-dir", ""],
+            ["ls", ""],
+            ["restore", "--to", "", "latest"],
+            ["backup", ""],
+            ["backup", "--", ""],
+            ["backup", "--tag=", "."],
+            ["backup", "--host", "", "."],
+            ["passphrase", "add", "--from", ""],
+            ["passphrase", "export", ""],
+            ["create", "--no-encryption", "--expect-id", "00"],
+            ["passphrase", "add", "--from", "/etc/hostname", "--expect-id", "00"],
+            ["-qx", "ls"],
+            ["help", "nosuch"],
         ],
     )
     def test_usage_error(self, program: Program, arguments: list[str]) -> None:
@@ -143,6 +163,38 @@ class TestLine:
         assert line.startswith("coffret: ")
         assert line.endswith(")")
         assert line.isprintable()
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["create", "-like", "x"], "no option -like (see `coffret create --help`)"),
+            (["ls", "-foo"], "no option -foo (see `coffret ls --help`)"),
+            (["ls", "-rx"], "no option -rx (see `coffret ls --help`)"),
+            (["backup", "-dry-runx"], "no option -dry-runx; did you mean --dry-run? (see `coffret backup --help`)"),
+            (["--foo=1", "ls"], "no option --foo (see `coffret --help`)"),
+            (["ls", "--json=1"], "--json takes no value (see `coffret ls --help`)"),
+            (["passphrase", "rm", "--labl"], "no option --labl; did you mean --label? (see `coffret passphrase rm"),
+            (["passphrase", "rm"], "Missing argument 'ID'. (see `coffret passphrase rm --help`)"),
+            (["at"], "at needs a repository (see `coffret --help`)"),
+            (["restore", "--to", "", "x"], "--to needs a value that is not empty (see `coffret restore --help`)"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, program: Program, arguments: list[str], says: str) -> None:
+        assert program(*arguments, code=2).stderr.startswith(f"coffret: {says}")
+
+    def test_short_options_together(self, program: Program) -> None:
+        [line] = program("-vq", "backup", program.home / "source", code=None).stdout.splitlines() or [""]
+        assert line == ""
+        assert "no option 'region'" in program("ls", "-qoregion=x", code=2).stderr
+        assert program("ls", "-rv", "latest").stdout == program("ls", "-r", "latest").stdout
+
+    def test_an_empty_variable_is_no_repository(self, program: Program) -> None:
+        empty = program.with_environment(COFFRET_REPOSITORY="")
+        for arguments in (["ls"], ["create", "--no-encryption"], ["check", "--packs"], ["passphrase", "list"]):
+            assert "COFFRET_REPOSITORY is empty" in empty(*arguments, code=2).stderr
+        empty("at", program.repository, "ls")
+        empty("version", "-q")
+        empty("ls", "--help")
 
     @pytest.mark.parametrize(
         "arguments",
@@ -173,6 +225,21 @@ class TestLine:
     def test_help_of_passphrase(self, program: Program, name: str) -> None:
         assert program("passphrase", name, "-help").stdout.startswith(f"Usage: coffret passphrase {name} ")
 
+    def test_help_as_a_command(self, program: Program) -> None:
+        assert program("help").stdout == program("--help").stdout
+        assert program("help", "backup").stdout == program("backup", "--help").stdout
+        assert program("help", "passphrase", "rm").stdout == program("passphrase", "rm", "--help").stdout
+
+    def test_help_is_whole(self, program: Program) -> None:
+        """No text is cut short, and each says that there are global options too."""
+        for name in COMMAND_NAMES:
+            text = program(name, "--help").stdout
+            assert "Global options" in text
+            assert "..." not in text.replace("]...", "").replace("'...'", "").replace("[ARGS]...", "")
+        assert "never the last one." in " ".join(program("passphrase", "--help").stdout.split())
+        assert "without a shell" in " ".join(program("backup", "--help").stdout.split())
+        assert "Without it none may exist." in " ".join(program("restore", "--help").stdout.split())
+
     def test_nothing(self, program: Program) -> None:
         outcome = program(code=2)
         assert outcome.stdout == ""
@@ -195,6 +262,15 @@ class TestLine:
         )
         assert outcome.returncode == 0, outcome.stderr
 
+    def test_beginning_is_quick(self) -> None:
+        """Until `main` runs a Ctrl-C is answered by Python: that must be no time at all."""
+        python, search_path = interpreter(None)
+        code = "import sys; before = {*sys.modules}; import coffret.cli; print(*sorted({*sys.modules} - before))"
+        outcome = subprocess.run(
+            [python, "-c", code], env={"PYTHONPATH": search_path}, capture_output=True, text=True, check=True
+        )
+        assert {*outcome.stdout.split()} <= {"__future__", "coffret", "coffret.cli", "errno"}
+
 
 class TestForms:
     def test_quiet(self, program: Program) -> None:
@@ -210,7 +286,7 @@ class TestForms:
         assert last.startswith("backup: created ")
         told = outcome.stderr.splitlines()
         assert told
-        assert all(re.fullmatch(r"backup: (\w+: )?\d files?, [\d.]+ B", line) for line in told), told
+        assert all(re.fullmatch(r"backup: (opening|(commit: )?\d files?, [\d.]+ B)", line) for line in told), told
 
     def test_ls_long(self, program: Program) -> None:
         source = program.home / "source"
@@ -231,7 +307,10 @@ class TestForms:
         program("create", "--no-encryption")
         before = sorted(program.repository.rglob("*"))
         outcome = program("backup", "--dry-run", make_source(tmp_path))
-        assert re.match(r"backup: would create an unsigned snapshot of size 27 B in ", outcome.stdout)
+        begin, end = "backup: would create an unsigned snapshot of size 27 B in", "2 files of 27 B to read,"
+        assert re.fullmatch(rf"{begin} \S+s: {end} [\d.]+ k?B to add\n", outcome.stdout), outcome.stdout
+        lines = program("backup", "--dry-run", "-v", tmp_path / "source").stdout.splitlines()
+        assert f"backup: new: {tmp_path}/source/hosts" in lines
         assert sorted(program.repository.rglob("*")) == before
 
     def test_cache_places(self, program: Program, tmp_path: Path) -> None:
@@ -256,6 +335,59 @@ class TestForms:
         program("restore", "--to", tmp_path / "two", f"{short}:{program.home}/source/hosts")
         assert os.listdir(tmp_path / "two") == ["hosts"]
 
+    def test_paths_are_normalised(self, program: Program) -> None:
+        short = program("ls", "--json").messages[0]["short_id"]
+        odd = "/".join(("", *str(program.home).split("/"), ".", "source", "", "ssh", "..", "hosts", ""))
+        assert program("ls", f"{short}:{odd}").stdout == program("ls", f"{short}:{program.home}/source/hosts").stdout
+
+    def test_errors_of_a_snapshot(self, tmp_path: Path) -> None:
+        """What could not be read is not forgotten when the backup's output is."""
+        program, source = Program(tmp_path), make_source(tmp_path)
+        program("create", "--no-encryption")
+        program("backup", source)
+        program("backup", source, "/no/such", "/nor/this", code=3)
+        plain, marked = program("ls").stdout.splitlines()
+        assert plain.endswith("/source")
+        assert marked.endswith("   2 errors")
+        line = "ls: not backed up as it should be: %s: No such file or directory"
+        assert program("ls", "latest").stderr.splitlines() == [line % path for path in ("/no/such", "/nor/this")]
+        assert program("-q", "ls", "latest").stderr == program("ls", f"latest:{source}").stderr == ""
+
+    def test_workers_and_connections(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Taken everywhere; where packs are read there are as many processes, and reads at a time, as asked for."""
+        run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path)
+        for number in range(3):
+            (source / "fresh").write_bytes(os.urandom(10_000 + number))
+            run("backup", source, "--workers", "1")
+        started: list[int] = []
+        for module in (check_packs, restore):
+            pool = module.OpenPool
+
+            def record(*arguments: Any, pool: Any = pool, **options: Any) -> Any:
+                started.append(options["workers"])
+                return pool(*arguments, **options)
+
+            monkeypatch.setattr(module, "OpenPool", record)
+        at_once: list[int] = []
+        get_into = LocalConnector.get_into
+
+        async def counted(*arguments: Any) -> None:
+            reading.append(None)
+            at_once.append(len(reading))
+            await anyio.sleep(0.02)
+            await get_into(*arguments)
+            reading.pop()
+
+        reading: list[None] = []
+        monkeypatch.setattr(LocalConnector, "get_into", counted)
+        run("check", "--workers", "2", "--connections", "3")
+        assert (started, max(at_once)) == ([2], 3)
+        at_once.clear()
+        run("--workers", "1", "check", "--connections", "1")
+        run("restore", "latest", "--to", tmp_path / "to", "--workers", "4", "--connections", "1")
+        assert (started, max(at_once)) == ([2, 1, 4], 1)
+        run("ls", "--workers", "1", "--connections", "1")
+
     def test_reader_gone(self, program: Program) -> None:
         """`coffret … | head`: ends without a word; not with 0, since not all was printed."""
         for arguments in (["ls", "-r", "latest"], ["backup", "-v", program.home / "source"], ["--help"], ["info"]):
@@ -272,6 +404,9 @@ class TestExitCodes:
     def test_failed(self, program: Program) -> None:
         program("backup", "/no/such/path", code=1)
         program("ls", "nosuch", code=1)
+        for command, says in (("/no/such", "No such file or directory"), ("echo '", "it is no command line")):
+            told = program("backup", "--stdin-name", "x", "--stdin-command", command, code=1).stderr
+            assert told.startswith(f"coffret: {command}: {says} (check --stdin-command; there is no shell")
 
     def test_partly(self, program: Program) -> None:
         outcome = program("backup", program.home / "source", "/no/such/path", code=3)
@@ -309,11 +444,70 @@ class TestExitCodes:
         program.with_environment(COFFRET_PASSPHRASE_COMMAND="echo right")("ls")
         program("check", "--packs")  # needs none
 
-    def test_expect_id(self, program: Program) -> None:
+    @pytest.mark.parametrize("command", [["ls"], ["check", "--packs"], ["check", "--fast"]])
+    def test_expect_id(self, program: Program, command: list[str]) -> None:
         found = program("info", "--json").summary["repository_id"]
-        program("--expect-id", found, "ls")
-        outcome = program("ls", "--expect-id", "0" * 64, code=1)
+        program("--expect-id", found, *command)
+        outcome = program(*command, "--expect-id", "0" * 64, code=1)
         assert found in outcome.stderr
+
+    def test_a_passphrase_for_no_encryption(self, tmp_path: Path) -> None:
+        """Neither made nor remembered, whatever gives the passphrase."""
+        program = Program(tmp_path)
+        for name in ("COFFRET_PASSPHRASE", "COFFRET_PASSPHRASE_FILE", "COFFRET_PASSPHRASE_COMMAND"):
+            given = program.with_environment(**{name: ""})
+            assert "--no-encryption" in given("create", "--no-encryption", code=2).stderr
+            assert not program.repository.exists()
+        program("create", "--no-encryption")
+        shutil.rmtree(tmp_path / "state")
+        given = program.with_environment(COFFRET_PASSPHRASE="something")
+        for command in (["ls"], ["check", "--packs"], ["backup", "/etc/hostname"]):
+            assert "has no encryption" in given(*command, code=2).stderr
+        assert not (tmp_path / "state").exists()
+
+    @pytest.mark.parametrize("command", [["add"], ["change"], ["rm", "00"]])
+    def test_no_passphrases_without_encryption(self, program: Program, command: list[str]) -> None:
+        """Said at once: no new one is asked for."""
+        shown = terminal.start(program, "passphrase", *command)
+        assert shown.end() == 2
+        [line] = shown.screen
+        assert line.startswith("coffret: the repository has no encryption, and so no passphrase")
+
+    def test_output_full(self, program: Program) -> None:
+        """One line that says so; 13, for it is space that is wanted."""
+        full = replace(program, prefix=("sh", "-c", 'exec "$0" "$@" >/dev/full'))
+        commands = (
+            *(["version"], ["--help"], ["help", "ls"], ["ls", "--help"], ["passphrase", "rm", "--help"]),
+            *(["ls"], ["ls", "--json"], ["info"], ["backup", "-v", "source"], ["check", "--json"]),
+            ["passphrase", "export", "-"],
+        )
+        for command in commands:
+            [line] = full(*command, code=13).stderr.splitlines()
+            assert line.startswith("coffret: standard output can't be written: No space left on device (")
+        shut = replace(program, prefix=("sh", "-c", 'exec "$0" "$@" 1</dev/null'))
+        for command in (["version"], ["ls"]):
+            [line] = shut(*command, code=1).stderr.splitlines()
+            assert line.startswith("coffret: standard output can't be written: Bad file descriptor (")
+
+    @pytest.mark.parametrize(
+        ("limit", "says"),
+        [
+            ("ulimit -v 30000", "not enough memory"),
+            ("ulimit -v 45000", "not enough memory"),
+            ("ulimit -v 80000", "memory"),
+            ("ulimit -v 200000", "memory"),
+            ("ulimit -f 1", "File too large"),
+            ("ulimit -n 10", "Too many open files"),
+        ],
+    )
+    def test_limits(self, program: Program, tmp_path: Path, limit: str, says: str) -> None:
+        """Of memory, file sizes and open files: each is named, and is no bug."""
+        limited = replace(program, prefix=("sh", "-c", f'{limit}; exec "$0" "$@"'))
+        (tmp_path / "large").write_bytes(os.urandom(3_000_000))
+        for command in (["backup", "--force", str(tmp_path)], ["restore", "--to", str(tmp_path / "to"), "latest"]):
+            last = limited(*command, code=1).stderr.splitlines()[-1]
+            assert last.startswith("coffret: ") and says in last and " (" in last
+            assert "bug" not in last
 
 
 class TestPrompts:
@@ -346,6 +540,29 @@ class TestPrompts:
         create.press("\x03")
         assert create.end() == 130
         assert create.plain[-2] == "coffret: interrupted"
+
+    def test_ctrl_d(self, tmp_path: Path) -> None:
+        """The message has a line of its own."""
+        create = terminal.start(Program(tmp_path), "create")
+        create.expect("passphrase: ")
+        create.press("\x04")
+        assert create.end() == 12
+        assert create.plain[-2].startswith("coffret: no passphrase was typed (")
+
+    def test_wrong(self, tmp_path: Path) -> None:
+        """What to do depends on where it came from."""
+        program = Program(tmp_path)
+        program.with_environment(COFFRET_PASSPHRASE="right")("create")
+        typed = terminal.start(program, "ls")
+        typed.expect("passphrase: ")
+        typed.type("wrong")
+        assert typed.end() == 12
+        assert "type it again" in typed.text
+        for name, value in (("COFFRET_PASSPHRASE", "wrong"), ("COFFRET_PASSPHRASE_COMMAND", "echo wrong")):
+            assert f"({name} gives another" in program.with_environment(**{name: value})("ls", code=12).stderr
+        given = program.with_environment(COFFRET_PASSPHRASE="right")
+        assert "(set COFFRET_NEW_PASSPHRASE, COFFRET_NEW_" in given("passphrase", "add", code=12).stderr
+        assert "(set COFFRET_PASSPHRASE, COFFRET_PASSPHRASE_FILE or" in program("ls", code=12).stderr
 
     def test_new_passphrase(self, tmp_path: Path) -> None:
         program = Program(tmp_path, environment={"COFFRET_PASSPHRASE": "old"})
@@ -381,13 +598,17 @@ def test_passphrases(tmp_path: Path) -> None:
     third("passphrase", "export", file)
     assert file.stat().st_mode & 0o777 == 0o600
     third("passphrase", "export", file, code=1)  # never over another file
+    printed = third("passphrase", "export", "-").stdout
+    assert printed.splitlines()[2:] == file.read_text().splitlines()[2:]  # the second tells the time
     (third.repository / "config").unlink()
     for slot in (third.repository / "keys").iterdir():
         slot.unlink()
-    third("ls", code=10)
+    for command in (["ls"], ["check", "--packs"], ["create", "--no-encryption"]):
+        assert "passphrase add --from FILE" in Program(tmp_path)(*command, code=10).stderr
     assert "put back the config, passphrase " in third("passphrase", "add", "--from", file).stdout
     third("check")
-    third("passphrase", "add", "--from", ROOT / "README.md", code=2)
+    for no_file in (ROOT / "README.md", tmp_path / "nowhere", tmp_path):
+        assert "Errno" not in third("passphrase", "add", "--from", no_file, code=2).stderr
 
 
 def test_a_program_without_a_home(tmp_path: Path) -> None:

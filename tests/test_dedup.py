@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine import dedup, sealing
-from coffret.engine.attempt import update_mirror
+from coffret.engine.attempt import list_index, update_mirror
 from coffret.engine.chunkpool import Slab
 from coffret.engine.dedup import Gatherer, dedup_stage
 from coffret.engine.fetch import Fetcher
@@ -217,10 +217,10 @@ class Repository:
     async def mirror(self, *, ended: Sequence[bytes] = (), revoked: Sequence[bytes] = ()) -> Mirror:
         """A new mirror of what is there, some of the attempts having ended."""
         mirror = await Mirror.open(None, "repository")
-        names = [info.name async for info in self.connector.list("index/")]
+        listed = await list_index(self.connector)
         committed = frozenset(attempt.hex() for attempt in ended)
         commits = Commits([], committed, frozenset(attempt.hex() for attempt in revoked), [])
-        assert not await update_mirror(self.connector, SEALER, mirror, names, commits)
+        assert not await update_mirror(self.connector, SEALER, mirror, listed, commits)
         return mirror
 
 
@@ -373,8 +373,9 @@ class TestStage:
 
         async with await repository.mirror(ended=[ONE]) as mirror, anyio.create_task_group() as group:
             known = KnownChunks(mirror, marked=frozenset())
+            index = IndexWriter(repository.connector, SEALER, TWO, mirror=mirror, known=known)
             group.start_soon(feed)
-            await dedup_stage(inbox, outlet, known=known, progress=progress)
+            await dedup_stage(inbox, outlet, known=known, index=index, progress=progress)
             async for block in outbox:
                 meta, (_, data) = block.meta, sealed(block)
                 assert meta == (data == b"a page")

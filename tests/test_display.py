@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import os
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from tests import terminal
-from tests.harness import ROOT, Program
+from tests.harness import ROOT, Program, Recorder, repository
 
-from coffret.display import counted, path_fields, paths_fields, printable
+from coffret.display import Display, counted, cut_left, path_fields, paths_fields, printable, progress_lines
+from coffret.engine.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +72,87 @@ def test_counted() -> None:
     assert [counted(number, "file") for number in (0, 1, 12345)] == ["0 files", "1 file", "12,345 files"]
 
 
+@given(st.text(max_size=40), st.integers(2, 30))
+def test_cut_left(text: str, width: int) -> None:
+    """The end stays, as much of it as there is room for; wide characters take two columns."""
+    shown = cut_left(text, width)
+    assert cell_len(shown) <= width
+    if cell_len(text) <= width:
+        assert shown == text
+    else:
+        assert shown[0] == "…"
+        assert text.endswith(shown[1:])
+        dropped = text[: len(text) - len(shown) + 1]
+        assert cell_len(dropped[-1] + shown) > width
+
+
+FULL = {
+    "backup": Progress("backup", "9abc3294", 12_345, 75_001, 0, 1_234_000_000, 3_100_000_000),
+    "check packs": Progress("packs", "", size_bytes=500_000_000, size_total=2_000_000_000),
+    "check files": Progress("files", "", files=30, files_total=120, size_bytes=7, size_total=7),
+    "restore": Progress("restore", "9abc3294", 12, 13, 0, 999, 1000),
+}
+
+
+@pytest.mark.parametrize("width", [20, 50, 80, 200])
+@pytest.mark.parametrize("what", FULL)
+def test_lines(what: str, width: int) -> None:
+    """Phase, bar, counters, paths: each on lines of its own, none wider than the terminal."""
+    progress = replace(FULL[what], current={n: b"/srv/" + b"directory/" * 30 + b"file %d" % n for n in range(4)})
+    if what == "backup":
+        progress = replace(progress, read_bytes=9, added_bytes=8_000_000, stored_bytes=4_000_000, errors=3)
+    command = what.partition(" ")[0]
+    first, bar, *counters = progress_lines(command, progress, 62.9, 60.0, width)
+    assert first == f"{what}  1m2s"
+    assert re.fullmatch(r"━+╌+ +\d+ %  \S+ left", bar)
+    counters, paths = counters[:-4], counters[-4:]
+    assert paths == [f"  {cut_left(printable(path), width - 2)}" for path in progress.current.values()]
+    if width >= 50:
+        assert all(cell_len(line) <= width for line in (first, bar, *counters, *paths))
+        assert all(path.endswith(f"/file {n}") for n, path in enumerate(paths))
+    expected = {
+        "backup": "12,345 files of 75,001  1.2 GB of 3.1 GB  21 MB/s"
+        "  added 8.0 MB  stored 4.0 MB  ratio 2.00  3 errors",
+        "check packs": "500 MB of 2.0 GB  8.3 MB/s",
+        "check files": "30 files of 120",
+        "restore": "12 files of 13  999 B of 1.0 kB  16 B/s",
+    }
+    assert "  ".join(counters) == expected[what]
+
+
+@pytest.mark.parametrize(
+    ("name", "progress", "line"),
+    [
+        ("restore", Progress(), "restore: opening"),
+        ("restore", Progress("restore", files=1, size_bytes=9), "restore: 1 file, 9 B"),
+        ("check", FULL["check packs"], "check: packs: 500 MB of 2.0 GB"),
+        ("check", replace(FULL["check files"], errors=1), "check: files: 30 files of 120, 1 error"),
+        ("backup", replace(FULL["backup"], phase="commit"), "backup: commit: 12,345 files of 75,001, 1.2 GB of 3.1 GB"),
+    ],
+)
+def test_plain_lines(name: str, progress: Progress, line: str) -> None:
+    """Nothing is counted that nothing is known of."""
+    display = Display(name, quiet=False, verbose=False, as_json=False)
+    display.progress = progress
+    assert display._plain() == line
+
+
+@pytest.mark.anyio
+async def test_a_check_knows_how_much_there_is(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(3):
+        (tmp_path / "source" / str(number)).write_bytes(os.urandom(1000))
+    async with repository(tmp_path) as opened:
+        await opened.backup([os.fsencode(tmp_path / "source")])
+        snapshot = (await opened.backup([os.fsencode(tmp_path / "source" / "1")])).snapshot
+        everything, one = Recorder(), Recorder()
+        await opened.check(progress=everything)
+        await opened.check([(snapshot, None)], progress=one)
+    assert (everything.files, everything.files_total, one.files, one.files_total) == (4, 4, 1, 1)
+    assert everything.size_bytes == everything.size_total
+    assert everything.size_bytes > one.size_bytes == one.size_total
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     program = Program(tmp_path_factory.mktemp("display"))
@@ -84,6 +169,27 @@ def test_live(program: Program) -> None:
     [line] = backup.screen
     assert line.startswith("backup: created unsigned snapshot ")
     assert backup.text.count("\x1b[?25l") == backup.text.count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_narrow(tmp_path: Path, columns: int) -> None:
+    """What is read is told by the end of its path, on a line of its own; no line is wrapped."""
+    program = Program(tmp_path, environment={"COLUMNS": str(columns)})
+    program("create", "--no-encryption")
+    deep = tmp_path / "/".join(["directory"] * 12)
+    deep.mkdir(parents=True)
+    with (deep / "large").open("wb") as file:
+        file.truncate(3 << 30)
+    backup = terminal.start(program, "backup", tmp_path / "directory")
+    backup.expect("/directory/large")
+    backup.press("\x03")
+    assert backup.end() == 130
+    before = "\n".join(backup.plain).partition("^C")[0]
+    shown = re.split(r"[\r\n]", before)
+    assert all(len(line) <= columns for line in shown)
+    lines = [line for line in shown if "directory/large" in line]
+    assert lines
+    assert all(line.startswith("  …") and len(line) == columns for line in lines)
 
 
 def test_faults_above_it(program: Program, tmp_path: Path) -> None:

@@ -368,3 +368,26 @@ def test_a_path_of_thousands_of_directories() -> None:
     patterns = PathPatterns(["/d/**/x"])
     assert patterns.wanted(deep + b"/x", False)
     assert not patterns.wanted(deep + b"/y", False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "idle"),
+    [
+        ("./keep", True),
+        ("../keep", True),
+        ("!me/./keep", True),
+        ("me/keep", True),
+        ("m?/keep/", True),
+        ("home/keep", False),
+        ("ho*/keep", False),
+        ("/me/keep", False),
+        ("**/keep", False),
+        ("keep", False),
+        ("keep/", False),
+        ("[/keep", False),
+    ],
+)
+def test_patterns_that_are_meant_to_begin_in_the_current_directory(pattern: str, idle: bool) -> None:
+    assert PathPatterns([pattern]).idle(b"home/me") == [pattern] * idle
+    # Where all of the file system is meant, something may match.
+    assert PathPatterns([], [pattern]).idle(b"") == [pattern] * (idle and "." in pattern)

@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,6 +15,7 @@ import pytest
 from tests.harness import ROOT, Program, path_of
 
 from coffret.display import SCHEMA_VERSION
+from coffret.engine.settings import RACY_NS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +88,11 @@ def validate_all(outcome: Outcome, item: str = "", summary: str = "") -> list[di
             case "item":
                 validate(message, item, common=kind)
             case "summary":
-                validate(message, summary, common={**kind, "schema_version": "integer", "command": "string"})
+                validate(
+                    message,
+                    summary,
+                    common={**kind, "schema_version": "integer", "command": "string", "storage?": "object"},
+                )
                 assert message["schema_version"] == SCHEMA_VERSION
                 assert message is messages[-1]
             case other:
@@ -141,7 +147,8 @@ def test_backup(program: Program, command: str) -> None:
     assert {item["status"] for item in items} <= {"new", "changed", "unmodified"}
     summary = messages[-1]
     assert summary["command"] == command
-    assert summary["new"] + summary["changed"] + summary["unmodified"] == len(items)
+    kinds = [f"{kind}{state}" for kind in ("", "directories_") for state in ("new", "changed", "unmodified")]
+    assert sum(summary[kind] for kind in kinds) == len(items)
     assert {item["short_id"] for item in items} == {summary["short_id"]}
     for queue in summary["queues"]:
         validate(queue, "queue of backup")
@@ -158,11 +165,46 @@ def test_backup_that_stores_nothing(program: Program) -> None:
     assert program("ls", "--json").of_type("item") == before
 
 
+def test_what_is_counted(tmp_path: Path) -> None:
+    """Files and what else is no directory; directories by themselves; and what had to be read."""
+    program, source = Program(tmp_path), tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    for name in ("one", "two", "below/three"):
+        (source / name).write_text("1234")
+    (source / "link").symlink_to("one")
+    time.sleep(RACY_NS / 1e9 + 0.1)  # what is younger counts as changed
+    program("create", "--no-encryption")
+
+    def counts(*options: str) -> tuple[list[int], int, int]:
+        summary = program.backup(source, *options)
+        of_files = [summary[state] for state in ("new", "changed", "unmodified")]
+        assert sum(of_files) == summary["files"] + summary["others"]
+        of_directories = [summary[f"directories_{state}"] for state in ("new", "changed", "unmodified")]
+        assert sum(of_directories) == summary["directories"] == 3 + len(tmp_path.parents)
+        assert bool(summary["directories_new"]) == (summary["parent_id"] is None)
+        return of_files, summary["files_read"], summary["bytes_read"]
+
+    assert counts("--dry-run") == counts() == ([4, 0, 0], 3, 12)
+    (source / "two").write_text("other")
+    (source / "four").write_text("four")
+    assert counts() == ([1, 1, 3], 2, 9)
+
+
 def test_backup_with_faults(program: Program) -> None:
-    outcome = program("backup", "--json", program.home / "source", os.fsencode(program.home) + b"/no \xff", code=3)
+    """What could not be read is told by the backup, and by the snapshot ever after."""
+    gone = os.fsencode(program.home) + b"/no \xff"
+    outcome = program("backup", "--json", program.home / "source", gone, code=3)
     messages = validate_all(outcome, summary="summary of backup")
-    assert outcome.faults.keys() == {os.fsencode(program.home) + b"/no \xff"}
+    assert outcome.faults.keys() == {gone}
     assert messages[-1]["errors"] == 1
+    snapshot = messages[-1]["snapshot_id"]
+    listed = validate_all(program("ls", "--json", snapshot), "item of ls SNAPSHOT", "summary of ls SNAPSHOT")
+    [fault] = listed[-1]["faults"]
+    validate(fault, "fault of ls SNAPSHOT")
+    assert (path_of(fault), fault["reason"]) == (gone, "No such file or directory")
+    assert program("ls", "--json", f"{snapshot}:{program.home}/source").summary["faults"] == []
+    [item] = [item for item in program("ls", "--json").of_type("item") if item["snapshot_id"] == snapshot]
+    assert item["errors"] == 1
 
 
 def test_status(program: Program) -> None:
@@ -234,7 +276,11 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     paths = {path_of(item) for item in outcome.of_type("item")}
     assert paths >= {source, source + b"/plain", source + b"/" + ODD + b"/file"}
     assert base64.b64decode(messages[-1]["target_b64"]) == place
-    assert messages[-1]["files"] == 2
+    assert (messages[-1]["files"], messages[-1]["kept"]) == (2, 0)
+    again = program("restore", "--json", "-to", place, snapshot, "--overwrite", "never")
+    summary = validate_all(again, summary="summary of restore")[-1]
+    assert summary["files"] == 0
+    assert summary["kept"] >= 4
 
 
 def test_info(program: Program) -> None:
@@ -279,6 +325,8 @@ def test_passphrase(tmp_path: Path) -> None:
         (["restore", "--to", "/proc/nowhere", "latest"], 1),
         (["backup", "/no/such"], 1),
         (["create", "--no-encryption"], 2),
+        (["passphrase", "export", "-"], 2),
+        (["at", "", "ls"], 2),
     ],
 )
 def test_failure(program: Program, arguments: list[str], code: int) -> None:

@@ -65,8 +65,8 @@ def test_the_wheel_holds_one_package(wheel: Path, sources: Path) -> None:
         assert modules
         expected |= {f"coffret/{name}" for name in modules}
     assert expected <= set(names)
-    (kernel,) = (name for name in names if name.endswith(".so"))
-    assert kernel.startswith("coffret/engine/_gear.")
+    compiled = {name.partition(".")[0] for name in names if name.endswith(".so")}
+    assert compiled == {f"coffret/engine/{path.stem}" for path in (sources / "engine").glob("*.pyx")}
     assert not [name for name in names if name.endswith((".c", ".pyx"))]
 
 

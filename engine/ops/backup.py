@@ -7,7 +7,7 @@ import os
 import pwd
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,12 +19,13 @@ from coffret.engine.attempt import Attempt
 from coffret.engine.bridge import LoadBridge
 from coffret.engine.catalog import Cutter
 from coffret.engine.catalog_reader import ParentCursor
-from coffret.engine.errors import ChunkMissing, LeaseLost, reported
-from coffret.engine.fetch import Fetcher
+from coffret.engine.errors import ChunkMissing, CoffretError, Damaged, LeaseLost, reported
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
 from coffret.engine.pipeline import Limits, Pipeline
-from coffret.engine.records import Counts, SnapshotHeader, SourceFault
+from coffret.engine.progress import Progress
+from coffret.engine.recheck import Recheck
+from coffret.engine.records import ID_BYTES, Counts, SnapshotHeader, SourceFault
 from coffret.engine.scan import Roots, Scanner, ScanOptions
 from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot
 from coffret.engine.stream import StreamSource
@@ -32,9 +33,10 @@ from coffret.engine.stream import StreamSource
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from anyio.abc import TaskGroup
+
     from coffret.connectors.base import Buffer, ObjectInfo
     from coffret.engine.filters import Filters
-    from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
 
 # A revoked writer tries again as a new attempt this many times; each was without a refresh for half an hour.
@@ -93,47 +95,59 @@ async def backup(
     :raises SourceError: if none of the paths exists
     :raises LeaseLost: if maintenance ended the attempt again and again
     """
-    for _ in range(_ATTEMPTS - 1):
+    bad_packs: set[bytes] = set()
+    for tries_left in reversed(range(_ATTEMPTS)):
+        work = _Backup(repository, source, options, progress, frozenset(bad_packs))
         try:
-            return await _try(repository, source, options, progress)
+            return await _try(work, options, progress)
         except Exception as error:
             cause = reported(error)
-            if isinstance(source, StreamSource):  # it can't be read again
+            if not tries_left or isinstance(source, StreamSource):  # a stream can't be read again
                 raise
             if isinstance(cause, LeaseLost):
                 progress.note("another process ended this attempt; trying again")
-            elif isinstance(cause, ChunkMissing) and not options.force:
+            elif isinstance(cause, Damaged) and work.parent is not None:
                 progress.note(f"the last snapshot can't be read, so all files are: {cause}")
                 options = replace(options, force=True)
+                if isinstance(cause, ChunkMissing):
+                    bad_packs.update([cause.pack] if cause.pack else [])
+                    with contextlib.suppress(CoffretError):  # the next run would only not be warned
+                        await repository.mirror.doubt()
             else:
                 raise
-    return await _try(repository, source, options, progress)
+        _begin_anew(progress)
+    raise AssertionError("the last try returns or raises")
 
 
-async def _try(
-    repository: Repository, source: Sequence[bytes] | StreamSource, options: BackupOptions, progress: Progress
-) -> BackupSummary:
-    work = _Backup(repository, source, options, progress)
+def _begin_anew(progress: Progress) -> None:
+    """What an attempt counted that comes to nothing is counted again by the next: counters and totals begin anew."""
+    for counter in fields(Progress):
+        if counter.default == 0 or (counter.default is None and counter.name.endswith("_total")):
+            setattr(progress, counter.name, counter.default)
+
+
+async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> BackupSummary:
     async with anyio.create_task_group() as group:
         try:
-            await work.attempt.begin(lease=not options.dry_run)
-            for _, reason in work.attempt.damaged:
-                progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
             if not options.dry_run:
+                await work.attempt.announce()
                 group.start_soon(work.attempt.keep)
-            await work.run()
+            await work.attempt.begin(audit=options.force)
+            work.tell()
+            await work.run(group)
             return await work.commit()
         except BaseException:
             await work.salvage()
             raise
         finally:
             group.cancel_scope.cancel()
-            await work.attempt.end()
+            if note := await work.attempt.end():
+                progress.note(note)
     raise AssertionError("a task group does not swallow what it did not cancel")
 
 
 class _Backup:
-    """One attempt: `attempt.begin`, `run`, `commit`, in this order."""
+    """One attempt: `attempt.begin`, `run`, `commit`, in this order. `bad_packs`: found bad by an attempt before."""
 
     def __init__(
         self,
@@ -141,13 +155,16 @@ class _Backup:
         source: Sequence[bytes] | StreamSource,
         options: BackupOptions,
         progress: Progress,
+        bad_packs: frozenset[bytes] = frozenset(),
     ) -> None:
         self._repository, self._source, self._options, self._progress = repository, source, options, progress
         self._begin_ns, self._clock_ns = time.time_ns(), time.perf_counter_ns()
         self._faults, self._counts = Faults(progress), Counts()
         self._snapshot_id = os.urandom(16)
         self._host = options.host or socket.gethostname()
-        self._parent: Snapshot | None = None
+        self.parent: Snapshot | None = None
+        self._bad_packs = bad_packs
+        self._known: KnownChunks
         self._index: IndexWriter | None = None
         progress.subject = self._snapshot_id.hex()[:SHORT_ID_DIGITS]
         if isinstance(source, StreamSource):
@@ -156,24 +173,41 @@ class _Backup:
         else:
             self._roots = Roots(source, self._faults)
             self._paths = self._roots.paths
-        self.attempt = Attempt(repository.connector, repository.sealer, repository.mirror, what="backup")
+        self.attempt = Attempt(
+            repository.connector, repository.sealer, repository.mirror, what="backup", kept=repository.kept
+        )
 
-    async def run(self) -> None:
-        """Store everything, and make the index durable: what is left is the commit."""
+    def tell(self) -> None:
+        """Tell what was found when the attempt began."""
+        for _, reason in self.attempt.damaged:
+            self._progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
+        if bad := len(self.attempt.mirror.bad_packs):
+            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
+            self._progress.note(
+                f"{packs} missing or cut short; what {held} is stored again where the source still has it"
+            )
+        if self.attempt.mirror.left:
+            self._progress.note(f"no local cache is used: {self.attempt.mirror.left}")
+        for name in self.attempt.commits.doubtful:
+            self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
+
+    async def run(self, group: TaskGroup) -> None:
+        """Store everything, and make the index durable: what is left is the commit. `group`: for its helpers."""
         repository, options = self._repository, self._options
         connector: Connector = Discarding(repository.connector) if options.dry_run else repository.connector
-        # While packs are marked to be swept, what the parent has must be looked up like anything else.
-        # And what only a damaged index object locates is not there.
-        if not options.force and not self.attempt.marked and not self.attempt.damaged:
-            self._parent = find_parent(self.attempt.commits.snapshots, self._host, self._paths)
-        known = KnownChunks(repository.mirror, marked=self.attempt.marked)
+        mirror = self.attempt.mirror
+        if not options.force:
+            self.parent = find_parent(self.attempt.commits.snapshots, self._host, self._paths)
+        self._bad_packs |= mirror.bad_packs
+        self._known = known = KnownChunks(mirror, marked=self.attempt.marked | self._bad_packs)
         self._index = index = IndexWriter(
             connector,
             repository.sealer,
             self.attempt.id,
-            mirror=None if options.dry_run else repository.mirror,
+            mirror=None if options.dry_run else mirror,
             known=known,
         )
+        group.start_soon(index.keep)
         self._pipeline = Pipeline(
             connector=connector,
             sealer=repository.sealer,
@@ -183,7 +217,8 @@ class _Backup:
             known=known,
             index=index,
             level=options.level,
-            limits=options.limits,
+            limits=options.limits.suited(connector.capabilities),
+            kept=None if options.dry_run else repository.kept,
             progress=self._progress,
             counts=self._counts,
             fault=self._faults,
@@ -208,6 +243,9 @@ class _Backup:
         if not self._options.dry_run:
             self._progress.phase = "commit"
             await self.attempt.commit(snapshot)
+            # All that it names was stored, located or looked up; without the note the next run looks it up again.
+            with contextlib.suppress(CoffretError):
+                await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
         return BackupSummary(snapshot, self._counts, time.perf_counter_ns() - self._clock_ns)
 
     def _scanner(self, pipeline: Pipeline) -> Scanner:
@@ -217,7 +255,7 @@ class _Backup:
             self._roots,
             ScanOptions(
                 filters=options.filters,
-                skip=repository.own_places(),
+                skip=repository.own_places(self._roots.paths),
                 one_file_system=options.one_file_system,
                 ignore_inode=options.ignore_inode,
                 ignore_ctime=options.ignore_ctime,
@@ -231,12 +269,16 @@ class _Backup:
 
     def _cursor(self) -> ParentCursor | None:
         """The parent's catalog, for the scan's thread."""
-        if self._parent is None:
+        if self.parent is None:
             return None
-        repository, header = self._repository, self._parent.header
-        fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
-        self._pipeline.bridge = LoadBridge(fetcher.load)
-        return ParentCursor(header.catalog, header.depth, self._pipeline.bridge)
+        repository, header, mirror = self._repository, self.parent.header, self.attempt.mirror
+        fetcher = repository.fetcher(mirror)
+        self._pipeline.bridge = bridge = LoadBridge(fetcher.load)
+        recheck = None
+        doubts = self.attempt.marked or self._bad_packs or self.attempt.damaged
+        if doubts or not mirror.is_sound(header.catalog[:ID_BYTES]):
+            recheck = Recheck(bridge, self._known.absent)
+        return ParentCursor(header.catalog, header.depth, bridge, recheck=recheck)
 
     def _header(self) -> SnapshotHeader:
         counts, progress = self._counts, self._progress
@@ -255,7 +297,7 @@ class _Backup:
             counts=counts,
             tags=list(self._options.tags),
             faults=self._faults.kept,
-            parent=self._parent.header.snapshot_id if self._parent else b"",
+            parent=self.parent.header.snapshot_id if self.parent else b"",
             program=f"coffret {__version__}",
         )
 

@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import stat
 import time
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from anyio import to_thread
 
-from coffret.engine.catalog_reader import Attributes, Catalog
-from coffret.engine.errors import ChunkMissing, Damaged, OutOfSpace, TargetError, UsageError
-from coffret.engine.fetch import Fetcher, fetch_into
+from coffret.engine.catalog_reader import Catalog, clean_path, no_such_path
+from coffret.engine.errors import CoffretError, Damaged, TargetError
 from coffret.engine.hardlinks import HardLinks
 from coffret.engine.openpool import OpenPool
 from coffret.engine.places import Places
-from coffret.engine.progress import Item
-from coffret.engine.records import Entry, iter_refs
-from coffret.engine.restore_jobs import LargeFile, Window, file_meta
-from coffret.engine.settings import OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES, RESTORE_STREAM_BYTES
+from coffret.engine.restore_files import FileWriter, each_its_own
+from coffret.engine.restore_jobs import temporary_name
+from coffret.engine.restore_report import Report
+from coffret.engine.restore_target import existing, open_target
+from coffret.engine.restore_writer import LOST
+from coffret.engine.settings import OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from coffret.engine.fetch import Fetcher
     from coffret.engine.filters import PathPatterns
+    from coffret.engine.metadata import Meta
     from coffret.engine.progress import Progress
+    from coffret.engine.records import Entry
     from coffret.engine.repository import Repository
+    from coffret.engine.restore_target import Target
     from coffret.engine.snapshot import Snapshot
 
+    Faults = list[tuple[bytes, str, int]]
+
 OVERWRITE = ("refuse", "always", "if-changed", "never")
-_NO_ATTRIBUTES = Attributes([], b"")
-# Nodes are sent to a worker this many at a time.
-_NODES = 256
-# Small files are located this many at a time: asking the mirror costs a hop of 60 µs or more.
-_FILES = 512
-_FULL = {os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)}
+# Nodes are sent to a worker this many at a time, and so many jobs may wait for the workers beside those with slabs.
+_NODES, _JOBS = 256, OPEN_SLABS + 8
+# Hard links are made this many at a time.
+_LINKS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note."""
+    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note.
+
+    `workers`: how many processes open and write; None for the number that was measured best.
+    """
 
     overwrite: str = "refuse"
     patterns: PathPatterns | None = None
     owner: bool | None = None
     sparse: bool = False
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreSummary:
-    """What a restore wrote: files, bytes and faults."""
+    """What a restore wrote: files, bytes and faults; `kept`: entries that were there and were left as they are."""
 
     snapshot_id: str
     path: bytes
@@ -63,6 +69,16 @@ class RestoreSummary:
     size_bytes: int
     errors: int
     duration_s: float
+    kept: int = 0
+
+
+class _Scope(NamedTuple):
+    """What is restored: the path it begins at; what is cut off the front of each path; whether the target gets the
+    metadata of that. Paths are without a leading slash."""
+
+    start: bytes
+    base: bytes
+    named: bool
 
 
 async def restore(
@@ -77,44 +93,53 @@ async def restore(
 
     :raises UsageError: if there is no such path
     :raises TargetError: if the target can't be used, or something would be overwritten
+    :raises CoffretError: if the patterns match nothing
     """
     begin = time.perf_counter()
     await repository.commits()
-    fetcher = Fetcher(repository.connector, repository.sealer, repository.mirror, id_key=repository.secrets.id_key)
-    catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
-    start, base, named = await _base(catalog, snapshot, path)
+    fetcher = repository.fetcher()
+    catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load, lost=progress.fault)
+    scope = await _scope(catalog, snapshot, path)
     owner = os.geteuid() == 0 if options.owner is None else options.owner
     if not owner and options.owner is None:
         progress.note("owners are not restored, since this is not root")
-    await to_thread.run_sync(_prepare, target, options.overwrite)
-    pool = OpenPool(
-        repository.secrets,
-        repository.id_bytes,
-        workers=OPEN_WORKERS,
-        slabs=OPEN_SLABS,
-        slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
-        target=os.path.abspath(target),  # noqa: ASYNC240 - reads the current directory, no more
-        owner=owner,
-        sparse=options.sparse,
-        replace=options.overwrite != "refuse",
-    )
-    progress.phase = "restore"
-    if path is None and options.patterns is None:
-        progress.files_total, progress.size_total = snapshot.header.counts.files, snapshot.header.counts.size_bytes
-    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    places = Places(root)
-    work = None
+    for pattern in options.patterns.idle(scope.start) if options.patterns is not None else ():
+        progress.note(
+            f"{pattern!r} matches nothing: with a slash it begins at /; to match it anywhere put **/ before it"
+        )
+    replace = options.overwrite != "refuse"
+    opened = await to_thread.run_sync(lambda: open_target(target, replace=replace))
+    unused = True
     try:
-        async with pool, anyio.create_task_group() as group:
-            work = _Restore(fetcher, catalog, pool, group, places, start, base, named, options, progress)
-            await work.run()
-    except BaseException:
-        if work is not None:
-            work.clear()
-        raise
+        if opened.occupied and not replace:
+            await _refuse_taken(catalog, scope, opened, options.patterns)
+            scope = scope._replace(named=False)
+        progress.phase = "restore"
+        if path is None and options.patterns is None:
+            progress.files_total, progress.size_total = snapshot.header.counts.files, snapshot.header.counts.size_bytes
+        report = Report(progress, scope.base)
+        pool = OpenPool(
+            repository.secrets,
+            repository.id_bytes,
+            workers=options.workers or OPEN_WORKERS,
+            slabs=OPEN_SLABS,
+            slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
+            target=opened.fd,
+            owner=owner,
+            sparse=options.sparse,
+            wary=opened.wary,
+            unlock=options.overwrite in ("always", "if-changed"),
+        )
+        unused = await _run(fetcher, catalog, pool, opened, scope, options, report)
     finally:
-        places.close()
-        os.close(root)
+        await to_thread.run_sync(lambda: opened.close(unused=unused))
+    if report.kept:
+        progress.note(f"entries kept as they are, since they were there already: {report.kept}")
+    if options.patterns is not None and unused and not progress.errors:
+        raise CoffretError(
+            f"nothing in snapshot {snapshot.short_id} matches the patterns",
+            remedy="patterns with a slash begin at the snapshot's root, as in /home/*/notes; others match any name",
+        )
     return RestoreSummary(
         snapshot.id,
         path or b"/",
@@ -123,38 +148,85 @@ async def restore(
         progress.size_bytes,
         progress.errors,
         time.perf_counter() - begin,
+        report.kept,
     )
 
 
-async def _base(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> tuple[bytes, bytes, bool]:
-    """(where to start, what is cut off the front of each path, whether the target gets the metadata of that).
-
-    Both without a leading slash. A common ancestor of several roots is no more than a place: the target stays as it is.
-    """
-    roots = [root.strip(b"/") for root in snapshot.header.roots]
-    start = path.strip(b"/") if path is not None else (roots[0] if len(roots) == 1 else os.path.commonpath(roots))
-    entry = await catalog.find(start)
-    if entry is None:
-        raise UsageError(
-            f"no {os.fsdecode(path or b'/')} in snapshot {snapshot.short_id}",
-            remedy=f"see `coffret at REPO ls {snapshot.short_id}` for what is there",
-        )
-    base = start if stat.S_ISDIR(entry.mode) else start.rpartition(b"/")[0]
-    return start, base, path is not None or len(roots) == 1
-
-
-def _prepare(target: bytes, overwrite: str) -> None:
+async def _run(
+    fetcher: Fetcher,
+    catalog: Catalog,
+    pool: OpenPool,
+    target: Target,
+    scope: _Scope,
+    options: RestoreOptions,
+    report: Report,
+) -> bool:
+    """Restore into an open target; return whether there was nothing to be restored."""
+    places = Places(target.fd, wary=target.wary, unlock=options.overwrite in ("always", "if-changed"))
+    work = None
     try:
-        os.makedirs(target, exist_ok=True)
-        with os.scandir(target) as found:
-            occupied = next(found, None) is not None
-    except OSError as error:
-        raise TargetError(f"{os.fsdecode(target)}: {error.strerror}", remedy="choose another --to DIR") from None
-    if occupied and overwrite == "refuse":
-        raise TargetError(
-            f"{os.fsdecode(target)} is not empty",
-            remedy="restore into an empty directory, or say --overwrite always, if-changed or never",
-        )
+        async with pool, anyio.create_task_group() as group:
+            work = _Restore(fetcher, catalog, pool, group, places, scope, options, report)
+            await work.run(target)
+    except BaseException:
+        if work is not None:
+            work.clear()
+        raise
+    finally:
+        if work is not None:
+            work.close()
+        places.close()
+    assert work is not None
+    return work.matched == 0
+
+
+async def _scope(catalog: Catalog, snapshot: Snapshot, path: bytes | None) -> _Scope:
+    """A common ancestor of several roots is no more than a place: the target stays as it is."""
+    roots = [clean_path(root) for root in snapshot.header.roots]
+    start = clean_path(path) if path is not None else (roots[0] if len(roots) == 1 else os.path.commonpath(roots))
+    try:
+        entry = await catalog.find(start)
+    except Damaged:
+        if not catalog.survives:
+            raise
+        return _Scope(start, start, named=False)
+    if entry is None:
+        raise no_such_path(snapshot.short_id, start)
+    base = start if stat.S_ISDIR(entry.mode) else start.rpartition(b"/")[0]
+    return _Scope(start, base, named=path is not None or len(roots) == 1)
+
+
+async def _refuse_taken(catalog: Catalog, scope: _Scope, target: Target, patterns: PathPatterns | None) -> None:
+    """See that none of the names that will be restored to the target itself is there.
+
+    :raises TargetError: if one is
+    """
+    if scope.start != scope.base:
+        names = [scope.start.rpartition(b"/")[2]]
+    else:
+        names = []
+        async for entries in catalog.listing(scope.start):
+            names += [e.name for e in entries if e.name in target.occupied and _concerned(patterns, scope.start, e)]
+            if names:
+                break
+    for name in names:
+        if name in target.occupied:
+            raise TargetError(
+                f"{os.fsdecode(os.path.join(target.path, name))} is there already",
+                remedy="restore into another directory, or say --overwrite always, if-changed or never",
+            )
+
+
+def _concerned(patterns: PathPatterns | None, directory: bytes, entry: Entry) -> bool:
+    """Whether an entry will be restored, or something in it may be."""
+    if patterns is None:
+        return True
+    path, is_dir = _join(directory, entry.name), stat.S_ISDIR(entry.mode)
+    return patterns.wanted(path, is_dir) or (is_dir and patterns.may_contain(path))
+
+
+def _join(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name
 
 
 class _Restore:
@@ -165,77 +237,102 @@ class _Restore:
         pool: OpenPool,
         group: anyio.abc.TaskGroup,
         places: Places,
-        start: bytes,
-        base: bytes,
-        named: bool,
+        scope: _Scope,
         options: RestoreOptions,
-        progress: Progress,
+        report: Report,
     ) -> None:
-        self._fetcher, self._catalog, self._pool, self._group = fetcher, catalog, pool, group
-        self._places, self._start, self._options, self._progress = places, start, options, progress
-        self._cut = len(base) + 1 if base else 0
-        self._base = b"/" + base if base else b""
-        self._named = named
-        self._window = Window(pool.slab_bytes)
-        self._nodes: list[tuple[bytes, bytes, tuple[Any, ...], bytes, int]] = []
-        self._files: list[tuple[bytes, Entry]] = []
-        self._links = HardLinks()
-        self._ways: set[bytes] = set()
-        # What workers are at: to be cleared away if they are killed.
-        self._begun: dict[int, LargeFile | Window] = {}
-        # Some names may be taken: files are made under another and renamed.
+        self._catalog, self._pool, self._places, self._options, self._report = catalog, pool, places, options, report
+        self._scope, self._cut = scope, len(scope.base) + 1 if scope.base else 0
+        # Some names may be taken: what is not there at once as a whole is made under another and renamed.
         self._temporary = options.overwrite != "refuse"
+        self._files = FileWriter(
+            fetcher, catalog, pool, group, places, report, temporary=self._temporary, sparse=options.sparse
+        )
+        self._nodes: list[tuple[bytes, bytes, bytes, Meta, bytes, int]] = []
+        self._begun: dict[int, list[tuple[bytes, bytes, bytes, Meta, bytes, int]]] = {}
+        self._directories: list[tuple[bytes, Meta]] = []
+        self._kept: list[tuple[bytes, bytes, Meta]] = []
+        self._links = HardLinks()
+        # With patterns: the directories on the way to what is wanted. With "never": those that were there.
+        self._ways: set[bytes] = set()
+        self._there: set[bytes] = set()
+        #: How many entries were asked for.
+        self.matched = 0
 
-    async def run(self) -> None:
+    async def run(self, target: Target) -> None:
         """Files first, then hard links, then directories from the deepest up: each change below sets their times."""
-        async for directory, entries in self._catalog.walk(self._start):
+        enter = self._options.patterns.may_contain if self._options.patterns is not None else None
+        async for directory, entries in self._catalog.walk(self._scope.start, enter=enter):
             await self._section(directory, entries)
-        await self._small()
-        await self._flush()
-        self._flush_nodes()
+        await self._flush_nodes()
+        await self._flush_kept()
+        await self._files.settle()
+        await self._make_links()
+        named = False
+        async for directory, entries in self._catalog.walk(self._scope.start, reverse=True, enter=enter):
+            named |= await self._set_directories(directory, entries)
+        await self._flush_directories()
         await self._pool.drain()
-        for fault in await to_thread.run_sync(self._links.make, self._places, self._temporary):
-            self._fault(*fault)
-        async for directory, entries in self._catalog.walk(self._start, reverse=True):
-            await self._directories(directory, entries)
-        self._flush_nodes()
-        await self._pool.drain()
-
-    def _relative(self, directory: bytes) -> bytes:
-        return directory[self._cut :]
+        if not named:
+            target.publish()
 
     def _wanted(self, directory: bytes, entry: Entry) -> bool:
         patterns = self._options.patterns
-        if patterns is None:
-            return True
-        path = directory + b"/" + entry.name if directory else entry.name
-        return patterns.wanted(path, stat.S_ISDIR(entry.mode))
+        return patterns is None or patterns.wanted(_join(directory, entry.name), stat.S_ISDIR(entry.mode))
 
     async def _section(self, directory: bytes, entries: Sequence[Entry]) -> None:
-        place = self._relative(directory)
+        place = directory[self._cut :]
         wanted = [e for e in entries if not stat.S_ISDIR(e.mode) and self._wanted(directory, e)]
+        self.matched += len(wanted)
+        if self._options.overwrite == "never":
+            await self._note_directories(directory, place, entries)
         if self._options.overwrite in ("never", "if-changed") and wanted:
-            kept = await to_thread.run_sync(_existing, self._places, place, wanted, self._options.overwrite)
-            for entry in wanted:
-                if self._options.overwrite == "if-changed" and entry.name in kept and _linked(entry):
-                    self._links.seen(place, entry, None)
-            wanted = [entry for entry in wanted if entry.name not in kept]
+            wanted = await self._leave(place, wanted)
         if wanted:
             self._lead_to(place)
         for entry in wanted:
             if _linked(entry) and self._links.seen(place, entry, self._places if self._temporary else None):
                 continue
-            if not stat.S_ISREG(entry.mode):
-                if (node := await self._node(place, entry)) is not None:
-                    self._nodes.append(node)
-            elif entry.size > RESTORE_STREAM_BYTES or (entry.extra is not None and entry.extra.depth):
-                await self._large(place, entry)
-            else:
-                self._files.append((place, entry))
+            await self._entry(place, entry)
+
+    async def _entry(self, place: bytes, entry: Entry) -> None:
+        if stat.S_ISREG(entry.mode):
+            await self._files.add(place, entry)
+            return
+        extra = entry.extra
+        meta, _ = await self._files.meta(_join(place, entry.name), entry)
+        target, rdev = (extra.target, extra.rdev) if extra is not None else (b"", 0)
+        temporary = temporary_name() if self._temporary else b""
+        self._nodes.append((place, entry.name, temporary, meta, target, rdev))
         if len(self._nodes) >= _NODES:
-            self._flush_nodes()
-        if len(self._files) >= _FILES:
-            await self._small()
+            await self._flush_nodes()
+
+    async def _note_directories(self, directory: bytes, place: bytes, entries: Sequence[Entry]) -> None:
+        """Remember which directories are there before anything is made in them: they are left as they are."""
+        directories = [e for e in entries if stat.S_ISDIR(e.mode) and e.name]
+        if _join(directory, entries[0].name) == self._scope.start and self._scope.start == self._scope.base:
+            return  # the target itself
+        found = await to_thread.run_sync(lambda: existing(self._places, place, directories, alike=False))
+        self._there |= {_join(place, name) for name, wrong in found.items() if not wrong}
+
+    async def _leave(self, place: bytes, wanted: list[Entry]) -> list[Entry]:
+        """Leave alone what is there already, or looks the same; return the others."""
+        alike = self._options.overwrite == "if-changed"
+        kept = await to_thread.run_sync(lambda: existing(self._places, place, wanted, alike=alike))
+        for entry in wanted:
+            if entry.name not in kept:
+                continue
+            path = _join(place, entry.name)
+            self._report.kept += 1
+            if kept[entry.name]:
+                self._report.fault(path, kept[entry.name])
+            if alike:
+                await self._with_meta(path, entry, self._kept, (place, entry.name))
+                if _linked(entry):
+                    self._links.seen(place, entry, None)
+        if len(self._kept) >= _NODES:
+            await self._flush_kept()
+        return [entry for entry in wanted if entry.name not in kept]
 
     def _lead_to(self, place: bytes) -> None:
         """Something is restored there: the directories on the way, wanted or not, get their metadata too."""
@@ -243,239 +340,105 @@ class _Restore:
             self._ways.add(place)
             place = place.rpartition(b"/")[0]
 
-    async def _small(self) -> None:
-        """Add the files that have come together to the window, which is sent off whenever it is full."""
-        files, self._files = self._files, []
-        refs = [list(iter_refs(entry.content)) for _, entry in files]
-        locations = iter(await self._fetcher.mirror.locate([chunk_id for found in refs for chunk_id, _ in found]))
-        for (place, entry), found in zip(files, refs, strict=True):
-            chunks = [(chunk_id, length, next(locations)) for chunk_id, length in found]
-            path = place + b"/" + entry.name if place else entry.name
-            reason = missing(chunks)
-            if reason:
-                self._fault(path, reason)
-                continue
-            if (attributes := await self._attributes(path, entry)) is None:
-                continue
-            if not self._window.fits(chunks):
-                await self._flush()
-            meta = file_meta(entry, attributes.xattrs)
-            self._window.add(place, entry.name, meta, chunks, attributes.extents, temporary=self._temporary)
-
-    async def _attributes(self, path: bytes, entry: Entry) -> Attributes | None:
-        """An entry's attributes; None, and a fault, if the chunks they are kept in are damaged."""
-        if entry.extra is None:
-            return _NO_ATTRIBUTES
-        try:
-            return await self._catalog.attributes(entry)
-        except Damaged as error:
-            self._fault(path, str(error))
-            return None
-
-    async def _flush(self) -> None:
-        """Send the window off: fetch its ranges into a slab, and have a worker open them and write the files."""
-        window, self._window = self._window, Window(self._pool.slab_bytes)
-        if not window.groups:
-            return
-        slab = await self._pool.acquire()
-        self._begun[id(window)] = window
-        self._group.start_soon(self._fetch, window, slab, "files", (window.groups,), partial(self._written, window))
-
-    async def _fetch(
-        self, window: Window, slab: int, kind: str, arguments: tuple[Any, ...], done: Callable[[Any], None]
-    ) -> None:
-        blocks = await fetch_into(self._fetcher, window.blocks, self._pool.view(slab))
-        self._pool.submit(kind, blocks, *arguments, slab=slab, done=done)
-
-    def _written(self, window: Window, faults: list[tuple[bytes, str]]) -> None:
-        failed = {path for path, _ in faults}
-        for path, reason in faults:
-            self._fault(path, reason)
-        progress = self._progress
-        for directory, files in window.groups:
-            if not failed and progress.on_item is None:
-                progress.files += len(files)
-                progress.size_bytes += sum([meta[3] for _, _, meta, _, _ in files])
-                continue
-            for name, _, meta, *_ in files:
-                path = directory + b"/" + name if directory else name
-                if path not in failed:
-                    self._done(path, meta[3])
-
-    async def _large(self, place: bytes, entry: Entry) -> None:
-        """Write a large file in pieces, out of order; it gets its name when all of it is there."""
-        path = place + b"/" + entry.name if place else entry.name
-        if (attributes := await self._attributes(path, entry)) is None:
-            return
-        large = LargeFile(place, entry.name, file_meta(entry, attributes.xattrs), attributes.extents)
-        try:
-            self._begun[id(large)] = large
-            await to_thread.run_sync(large.create, self._places, self._options.sparse)
-        except OSError as error:
-            del self._begun[id(large)]
-            self._fault(path, error.strerror or str(error))
-            return
-        window = Window(self._pool.slab_bytes)
-        try:
-            async for refs in self._catalog.file_refs(entry):
-                found = list(iter_refs(refs))
-                locations = await self._fetcher.mirror.locate([chunk_id for chunk_id, _ in found])
-                for (chunk_id, length), location in zip(found, locations, strict=True):
-                    chunk = [(chunk_id, length, location)]
-                    if location is None:
-                        raise ChunkMissing(missing(chunk))
-                    if not window.fits(chunk) or window.raw_bytes + length > self._pool.slab_bytes:
-                        await self._send_piece(large, window)
-                        window = Window(self._pool.slab_bytes)
-                    large.add(window, chunk_id, length, location)
-        except Damaged as error:
-            large.reason = str(error)
-        await self._send_piece(large, window)
-        large.complete = True
-        self._finish(large)
-
-    async def _send_piece(self, large: LargeFile, window: Window) -> None:
-        writes = large.take()
-        if not writes:
-            return
-        slab = await self._pool.acquire()
-        large.unfinished += 1
-
-        def done(faults: list[tuple[bytes, str]]) -> None:
-            large.unfinished -= 1
-            if faults and not large.reason:
-                large.reason = faults[0][1]
-            self._finish(large)
-
-        place = (large.directory, large.temporary)
-        self._group.start_soon(self._fetch, window, slab, "piece", (place, writes), done)
-
-    def _finish(self, large: LargeFile) -> None:
-        if not large.complete or large.unfinished:
-            return
-        path = large.directory + b"/" + large.name if large.directory else large.name
-
-        def done(faults: list[tuple[bytes, str]]) -> None:
-            del self._begun[id(large)]
-            for fault in faults:
-                self._fault(*fault)
-            if not large.reason:
-                self._done(path, large.meta[3])
-
-        if large.reason:
-            self._fault(path, large.reason)
-        self._pool.submit(
-            "finish", large.directory, b"" if large.reason else large.name, large.temporary, large.meta, done=done
-        )
-
-    async def _node(self, place: bytes, entry: Entry) -> tuple[bytes, bytes, tuple[Any, ...], bytes, int] | None:
-        extra = entry.extra
-        attributes = await self._attributes(place + b"/" + entry.name if place else entry.name, entry)
-        if attributes is None:
-            return None
-        target, rdev = (extra.target, extra.rdev) if extra is not None else (b"", 0)
-        return place, entry.name, file_meta(entry, attributes.xattrs), target, rdev
-
-    async def _directories(self, directory: bytes, entries: Sequence[Entry]) -> None:
-        for entry in reversed(entries):
-            path = directory + b"/" + entry.name if directory else entry.name
-            if not stat.S_ISDIR(entry.mode):
-                continue
-            place = self._relative(path)
-            parent, _, name = place.rpartition(b"/")
-            if not place:  # the target itself
-                if not self._named:
-                    continue
-            elif self._wanted(directory, entry):
-                self._lead_to(parent)
-            elif place not in self._ways:
-                continue
-            if (node := await self._node(parent, entry)) is not None:
-                self._nodes.append((parent, name, *node[2:]))
-        if len(self._nodes) >= _NODES:
-            self._flush_nodes()
-            await self._pool.drain(below=8)
-
-    def _flush_nodes(self) -> None:
+    async def _flush_nodes(self) -> None:
         nodes, self._nodes = self._nodes, []
         if not nodes:
             return
+        await self._pool.drain(below=_JOBS)
+        job = 0
 
-        def done(faults: list[tuple[bytes, str]]) -> None:
-            failed = {path for path, _ in faults}
-            for fault in faults:
-                self._fault(*fault)
-            for directory, name, _, _, _ in nodes:
-                path = directory + b"/" + name if directory else name
-                if path not in failed:
-                    self._item(path, 0)
+        def done(faults: Faults) -> None:
+            del self._begun[job]
+            self._tell(faults, [_join(directory, name) for directory, name, *_ in nodes])
 
-        self._pool.submit("nodes", nodes, done=done, ordered=True)
+        job = self._pool.submit("nodes", nodes, done=done)
+        self._begun[job] = nodes
+
+    async def _flush_kept(self) -> None:
+        kept, self._kept = self._kept, []
+        if kept:
+            await self._pool.drain(below=_JOBS)
+            self._pool.submit("kept", kept, done=lambda faults: self._tell(faults, None))
+
+    def _tell(self, faults: Faults, paths: Sequence[bytes] | None) -> None:
+        """Report faults, and of these paths those that were restored."""
+        if paths is not None:
+            faults = each_its_own(faults, paths)
+        for path, reason, _ in faults:
+            self._report.fault(path, reason)
+        if paths and self._report.wants_items:
+            lost = {path for path, _, kind in faults if kind == LOST}
+            for path in paths:
+                if path not in lost:
+                    self._report.item(path)
+
+    async def _make_links(self) -> None:
+        """Make hard links; where that can't be done, the entry becomes a file of its own."""
+        make = self._links.make
+        while made := await to_thread.run_sync(lambda: make(self._places, replace=self._temporary, at_most=_LINKS)):
+            for directory, entry, reason, apart in made:
+                path = _join(directory, entry.name)
+                if reason:
+                    self._report.fault(path, f"restored as a file of its own: {reason}" if apart else reason)
+                if apart:
+                    await self._entry(directory, entry)
+                elif not reason:
+                    self._report.linked(path, entry)
+        await self._flush_nodes()
+        await self._files.settle()
+
+    async def _set_directories(self, directory: bytes, entries: Sequence[Entry]) -> bool:
+        """Send the metadata of directories; return whether the target itself is among them."""
+        named = False
+        for entry in entries:
+            if not stat.S_ISDIR(entry.mode):
+                continue
+            path = _join(directory, entry.name)
+            place = path[self._cut :]
+            if not place:  # the target itself
+                if not self._scope.named or self._options.overwrite == "never" or not self._asked(directory, entry):
+                    continue
+                named = True
+            elif place in self._there or not (place in self._ways or self._wanted(directory, entry)):
+                continue
+            else:
+                self._lead_to(place.rpartition(b"/")[0])
+            self.matched += 1
+            await self._with_meta(place, entry, self._directories, (place,))
+        if len(self._directories) >= _NODES:
+            await self._flush_directories()
+            await self._pool.drain(below=_JOBS)
+        return named
+
+    def _asked(self, directory: bytes, entry: Entry) -> bool:
+        """Whether the target itself is asked for: the last to be seen to, after all that was found in it."""
+        return self.matched > 0 or self._wanted(directory, entry)
+
+    async def _with_meta(self, path: bytes, entry: Entry, batch: list[Any], key: tuple[bytes, ...]) -> None:
+        """Add an entry's key and metadata to what is to be sent."""
+        try:
+            batch.append((*key, (await self._files.meta(path, entry))[0]))
+        except Damaged as error:
+            self._report.fault(path, str(error))
+
+    async def _flush_directories(self) -> None:
+        directories, self._directories = self._directories, []
+        if directories:
+            paths = [path for path, _ in directories]
+            # In order: what is below one that may not be entered is set before.
+            self._pool.submit("directories", directories, done=lambda faults: self._tell(faults, paths), ordered=True)
 
     def clear(self) -> None:
         """After the workers were killed: remove what they had begun to write and not finished."""
+        self._files.clear()
+        for job, number, created in self._pool.marks:
+            if job in self._begun and (temporary := self._begun[job][number][2]):
+                self._files.remove(self._begun[job][number][0], temporary, created=created)
+
+    def close(self) -> None:
+        """Let go of what waits on disk."""
         self._links.close()
-        for begun in self._begun.values():
-            if isinstance(begun, LargeFile):
-                self._remove(begun.directory, begun.temporary, None)
-                continue
-            for directory, files in begun.groups:
-                for name, temporary, meta, *_ in files:
-                    self._remove(directory, temporary or name, None if temporary else meta[4])
-
-    def _remove(self, directory: bytes, name: bytes, finished_ns: int | None) -> None:
-        """Remove a file, but not one that has its final mtime: that is set last."""
-        with contextlib.suppress(OSError):
-            folder = self._places.enter(directory)
-            if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns != finished_ns:
-                os.unlink(name, dir_fd=folder)
-
-    def _fault(self, path: bytes, reason: str) -> None:
-        if reason in _FULL:  # it would be the same for all that follows
-            raise OutOfSpace(f"{os.fsdecode(path)}: {reason}", remedy="choose a target with more space")
-        self._progress.fault(path, reason)
-
-    def _done(self, path: bytes, size_bytes: int) -> None:
-        progress = self._progress
-        progress.files += 1
-        progress.size_bytes += size_bytes
-        self._item(path, size_bytes)
-
-    def _item(self, path: bytes, size_bytes: int) -> None:
-        if self._progress.on_item is not None:
-            shown = self._base + b"/" + path if path else self._base or b"/"
-            self._progress.on_item(Item(shown, "restored", size_bytes))
-
-
-def missing(chunks: Sequence[tuple[bytes, int, Any]]) -> str:
-    """Why a file can't be restored: its first chunk that is in no pack, or ""."""
-    for chunk_id, _, location in chunks:
-        if location is None:
-            return f"chunk {chunk_id.hex()[:16]} is in no pack"
-    return ""
 
 
 def _linked(entry: Entry) -> bool:
     return entry.extra is not None and entry.extra.nlink > 1
-
-
-def _existing(places: Places, directory: bytes, entries: Sequence[Entry], policy: str) -> set[bytes]:
-    """Names that stay as they are: all that exist, or only those that look the same."""
-    kept: set[bytes] = set()
-    try:
-        folder = places.enter(directory)
-    except OSError:  # who writes there will say so, for each file
-        return kept
-    for entry in entries:
-        try:
-            status = os.stat(entry.name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            continue
-        same = (
-            stat.S_IFMT(status.st_mode) == stat.S_IFMT(entry.mode)
-            and status.st_mtime_ns == entry.mtime_ns
-            and (status.st_size == entry.size or not stat.S_ISREG(entry.mode))
-        )
-        if policy == "never" or same:
-            kept.add(entry.name)
-    return kept

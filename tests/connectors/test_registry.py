@@ -46,14 +46,17 @@ def test_what_is_no_local_path(url: str) -> None:
         open_connector(url, {})
 
 
-def test_memory_is_shared_by_name() -> None:
+def test_memory_is_shared_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of use to tests alone, which register it."""
+    monkeypatch.setitem(SCHEMES, "memory", ("coffret.connectors.memory", "memory://name"))
     assert open_connector("memory://one", {}) is open_connector("memory://one", {})
     assert open_connector("memory://one", {}) is not open_connector("memory://two", {})
-    with pytest.raises(InvalidLocation):
-        open_connector("memory://", {})
+    for url, options in (("memory://", {}), ("memory://one", {"no-such-option": "1"})):
+        with pytest.raises(InvalidLocation):
+            open_connector(url, options)
 
 
-@pytest.mark.parametrize("url", ["gopher://host/x", "S3:///bucket", "c3+http://h/"])
+@pytest.mark.parametrize("url", ["gopher://host/x", "FTP:///pub", "c3+http://h/", "memory://x"])
 def test_an_unknown_kind_is_told_what_there_is(url: str) -> None:
     with pytest.raises(InvalidLocation, match="/path or file:///path"):
         open_connector(url, {})

@@ -1,0 +1,249 @@
+"""What the words of a command line mean: what is global, which repository, which command, what is the command's own.
+
+    coffret [GLOBAL] [at|on REPO] COMMAND …
+
+Global options may stand anywhere, long options may have one dash, and short ones may be written together, which is
+more than click knows. So the line is sorted here, and click gets a command's own words in the one form it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
+
+# Command → (module in commands/, what --help says). A module is imported when its command is used.
+COMMANDS = {
+    "version": ("version", "Print the version."),
+    "create": ("create", "Create a repository."),
+    "backup": ("backup", "Back up paths (default: the current directory) as one snapshot."),
+    "push": ("backup", "The same as backup."),
+    "ls": ("ls", "List snapshots, or what lies in one."),
+    "check": ("check", "Verify snapshots, or the whole repository."),
+    "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
+    "info": ("info", "Tell what is known of a repository."),
+    "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
+}
+FLAGS = {
+    "-q": "quiet",
+    "--quiet": "quiet",
+    "-v": "verbose",
+    "--verbose": "verbose",
+    "--json": "json",
+    "--no-cache": "no_cache",
+}
+VALUES = {
+    "--connections": "connections",
+    "--limit-upload": "limit_upload",
+    "--limit-download": "limit_download",
+    "--workers": "workers",
+    "--cache-dir": "cache_dir",
+    "--expect-id": "expect_id",
+    "-o": "option",
+    "--option": "option",
+}
+USAGE = """\
+Usage: coffret [GLOBAL OPTIONS] [at|on REPOSITORY] COMMAND [ARGUMENTS]
+
+The repository defaults to $COFFRET_REPOSITORY, then to ~/.coffret.
+
+Commands:
+{commands}
+
+Global options, anywhere on the line:
+  -q, --quiet           only errors
+  -v, --verbose         a line for each path
+  --json                one JSON object a line on standard output (docs/json.md)
+  --connections N       transfers at a time
+  --limit-upload RATE   at most so many bytes a second over all connections: 500K, 10M
+  --limit-download RATE the same for what is read
+  --workers N           processes that read, cut and hash (default 4), or open and write (default 3)
+  --cache-dir DIR       where to keep the local cache
+  --no-cache            keep no local cache
+  --expect-id ID        fail unless the repository has this id; accepts a repository that has changed
+  -o KEY=VALUE          an option of the storage
+  --help                this text, or a command's
+
+`coffret COMMAND --help`, or `coffret help COMMAND`, tells a command's own options.
+"""
+# What stands below the options of each command.
+EPILOG = "Global options (-q, -v, --json, --workers N and others) may stand here too: see `coffret --help`."
+_HELP = ("help", "-h", "-help", "--help")
+# Name → whether it takes a value.
+Options = Mapping[str, bool]
+_GLOBAL: Options = {**dict.fromkeys(FLAGS, False), **dict.fromkeys(VALUES, True)}
+
+
+class LineError(Exception):
+    """The command line makes no sense. `command`: whose help tells more, "" if it is the program's."""
+
+    command = ""
+
+
+@dataclass(slots=True)
+class Globals:
+    """The global options, and the repository they go with: "" if the line names none."""
+
+    repository: str = ""
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+    no_cache: bool = False
+    connections: int | None = None
+    limit_upload: str | None = None
+    limit_download: str | None = None
+    workers: int | None = None
+    cache_dir: str | None = None
+    expect_id: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def usage() -> str:
+    """What `coffret --help` prints."""
+    return USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()))
+
+
+def load_command(name: str) -> click.Command:
+    """The click command of a name in COMMANDS."""
+    command: click.Command = import_module(f"coffret.commands.{COMMANDS[name][0]}").command
+    return command
+
+
+def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
+    """Split a command line into global options, the command's name, and the command's own arguments.
+
+    The name is `help` if that is what is asked for before any command, and the arguments are what follows it.
+
+    :raises LineError: if there is no command, or an option is not known, or lacks its value or has an empty one
+    """
+    found, rest = Globals(), list(arguments)
+    while rest:
+        word = rest[0]
+        if word in COMMANDS:
+            return found, word, _own_arguments(word, rest[1:], found)
+        if word in _HELP:
+            return found, "help", rest[1:]
+        if word in ("at", "on"):
+            rest.pop(0)
+            found.repository = _value(rest, word, "a repository")
+        elif _is_option(word):
+            for option, value in _take_option(rest, _GLOBAL):
+                _set_global(found, option, value)
+        else:
+            raise LineError(f"no command {word!r}")
+    raise LineError("no command")
+
+
+def _own_arguments(name: str, rest: list[str], found: Globals) -> list[str]:
+    """The arguments of a command, in click's form; the global options among them go to `found`.
+
+    :raises LineError: as `sort_line` does
+    """
+    command = load_command(name)
+    own_options = _options_of(command)
+    known, subcommands = {**_GLOBAL, **own_options}, getattr(command, "commands", {})
+    path, own = [name], []
+    try:
+        while rest and rest[0] != "--":
+            if not _is_option(rest[0]):
+                word = rest.pop(0)
+                own.append(word)
+                if len(path) == 1 and word in subcommands:
+                    path.append(word)
+                continue
+            for option, value in _take_option(rest, known):
+                if option not in own_options:
+                    _set_global(found, option, value)
+                else:
+                    own += [option] if value is None else [option, value]
+        own += rest
+        if "" in own:
+            raise LineError("an argument is empty")
+        return own
+    except LineError as error:
+        error.command = " ".join(path)
+        raise
+
+
+def _options_of(command: click.Command) -> Options:
+    """The options of a command and its subcommands."""
+    options = {"-h": False, "--help": False}
+    for each in (command, *getattr(command, "commands", {}).values()):
+        for parameter in each.params:
+            if parameter.param_type_name == "option":
+                takes_value = not getattr(parameter, "is_flag", False)
+                options |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), takes_value)
+    return options
+
+
+def _is_option(word: str) -> bool:
+    return len(word) > 1 and word[0] == "-"
+
+
+def _take_option(rest: list[str], known: Options) -> list[tuple[str, str | None]]:
+    """Take the option off the front of the line: (its name in `known`, its value or None).
+
+    Several, if the word is some short ones written together.
+
+    :raises LineError: if it is not known, has a value that it does not take, or lacks one
+    """
+    word = rest.pop(0)
+    name, equals, value = word.partition("=")
+    long = name if name.startswith("--") else f"-{name}"
+    if long in known:
+        if known[long]:
+            return [(long, _value([value], name) if equals else _value(rest, name))]
+        if equals:
+            raise LineError(f"{name} takes no value")
+        return [(long, None)]
+    taken: list[tuple[str, str | None]] = []
+    letters = "" if word.startswith("--") else word[1:]
+    while letters and f"-{letters[0]}" in known:
+        short, letters = f"-{letters[0]}", letters[1:]
+        if known[short]:
+            return [*taken, (short, letters or _value(rest, short))]
+        taken.append((short, None))
+    if taken and not letters:
+        return taken
+    from difflib import get_close_matches
+
+    meant = get_close_matches(long, known, 1, 0.75)
+    raise LineError(f"no option {name}" + (f"; did you mean {meant[0]}?" if meant else ""))
+
+
+def _value(rest: list[str], name: str, what: str = "a value") -> str:
+    """Take the value of an option, or of `at`, off the front of the line.
+
+    An empty one is a variable that was not set, as a rule: no default must take its place.
+    """
+    if not rest:
+        raise LineError(f"{name} needs {what}")
+    if not rest[0]:
+        raise LineError(f"{name} needs {what} that is not empty")
+    return rest.pop(0)
+
+
+def _set_global(found: Globals, option: str, value: str | None) -> None:
+    """Note a global option.
+
+    :raises LineError: if it makes no sense with this value
+    """
+    if value is None:
+        setattr(found, FLAGS[option], True)
+        return
+    key = VALUES[option]
+    if key == "option":
+        name, equals, setting = value.partition("=")
+        if not name or not equals:
+            raise LineError(f"{option} wants KEY=VALUE, not {value!r}")
+        found.options[name] = setting
+    elif key in ("connections", "workers"):
+        if not value.isdecimal() or not 1 <= int(value) <= 256:
+            raise LineError(f"{option} wants a number from 1 to 256, not {value!r}")
+        setattr(found, key, int(value))
+    else:
+        setattr(found, key, value)
