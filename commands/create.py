@@ -9,9 +9,10 @@ import click
 from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
+from coffret.engine.creation import create_repository
 from coffret.engine.errors import UsageError
 from coffret.engine.passphrase import passphrase_is_set
-from coffret.engine.repository import bare_storage, create_repository
+from coffret.engine.repository import bare_storage
 
 
 @click.command(
@@ -30,7 +31,9 @@ def command(session: Session, no_encryption: bool) -> int:
             pass  # what is no location at all is told before a passphrase is asked for
         if_empty = "choose one; --no-encryption makes a repository without"
         passphrase = None if no_encryption else new_passphrase(if_empty=if_empty)
-        config = await create_repository(session.location, passphrase=passphrase, options=session.options)
+        config = await create_repository(
+            session.location, passphrase=passphrase, options=session.options, on_note=session.display.note
+        )
         location = os.fsencode(session.location)
         kind = "without encryption" if no_encryption else "encrypted"
         session.display.summary(

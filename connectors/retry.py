@@ -26,12 +26,16 @@ T = TypeVar("T")
 FIRST_WAIT_S, MAX_WAIT_S = 0.2, 15.0
 # A server that is restarted is back in two minutes, or somebody has to look after it.
 GIVE_UP_S = 120.0
+# Who has not answered once may be no server at all: a wrong port, say.
+FIRST_GIVE_UP_S = 10.0
 # How much of a large object is compared at a time.
 _COMPARE_BYTES = 8 << 20
 
 
 class RetryConnector(Wrapper):
     """Repeats calls that raise TransientError until `give_up_s` after the first failure; `on_retry` is told of each.
+
+    As long as the storage has never answered it is given up sooner.
 
     What is raised in the end is the last error.
     """
@@ -46,6 +50,7 @@ class RetryConnector(Wrapper):
     ) -> None:
         super().__init__(inner)
         self._give_up_s, self._first_wait_s, self._on_retry = give_up_s, first_wait_s, on_retry
+        self._reached = False
 
     async def create(self) -> None:
         await self._repeat("create", lambda _: self.inner.create())
@@ -97,9 +102,15 @@ class RetryConnector(Wrapper):
         backoff = _Backoff(self, what)
         while True:
             try:
-                return await call(backoff.failures)
+                result = await call(backoff.failures)
             except TransientError as error:
                 await backoff.wait(error)
+            except ConnectorError:
+                self._reached = True  # a refusal is an answer
+                raise
+            else:
+                self._reached = True
+                return result
 
     async def _is_there(self, name: str, body: Sequence[Buffer]) -> bool:
         """Whether the object is the one that was being put, byte for byte."""
@@ -132,9 +143,11 @@ class _Backoff:
 
         :raises TransientError: `error`, if it is time to give up
         """
-        now = anyio.current_time()
+        now, patience_s = anyio.current_time(), self._connector._give_up_s
+        if not self._connector._reached:
+            patience_s = min(patience_s, FIRST_GIVE_UP_S)
         if not self.failures:
-            self._deadline = now + self._connector._give_up_s
+            self._deadline = now + patience_s
         longest = min(self._connector._first_wait_s * 2**self.failures, MAX_WAIT_S)
         delay_s = random.uniform(longest / 2, longest)
         self.failures += 1

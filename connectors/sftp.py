@@ -109,6 +109,10 @@ class SFTPConnector(Connector):
             notes.append(self._connections.note)
         return [f"{self.location}: {note}" for note in notes]
 
+    def set_connections(self, count: int) -> None:
+        self._connections.limit = min(count, _MAX_CONNECTIONS)
+        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=4 * count)
+
     def set_pace(self, pace: Pace) -> bool:
         self._pace = pace
         return True

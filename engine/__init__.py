@@ -6,14 +6,15 @@ Names are loaded when they are first used, so that a pool worker, which needs no
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coffret.engine.repository import Repository, create_repository, open_repository
+    from coffret.engine.creation import create_repository
+    from coffret.engine.repository import Repository, open_repository
 
 __all__ = ["Repository", "create_repository", "open_repository"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from coffret.engine import repository
+        from coffret.engine import creation, repository
 
-        return getattr(repository, name)
+        return getattr(creation if name == "create_repository" else repository, name)
     raise AttributeError(name)

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
-from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
+from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
-from coffret.engine.keyring import put_slot, read_keyring
-from coffret.engine.objects import put_once
+from coffret.engine.keyring import read_keyring
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
@@ -247,74 +246,6 @@ class Repository:
         return frozenset(found)
 
 
-async def create_repository(url: str, *, passphrase: bytes | None, options: OpenOptions | None = None) -> Config:
-    """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
-
-    :raises UsageError: if there is a repository already, or the passphrase is empty
-    :raises NoRepository: if the place holds something else
-    """
-    options = options or OpenOptions()
-    secrets = keys.new_secrets(encrypted=passphrase is not None)
-    config = configuration.new_config(secrets)
-    data = configuration.config_bytes(config)
-    async with bare_storage(url, options) as connector:
-        try:
-            await connector.create()
-        except NotStorage as error:
-            await _check_not_lost(connector, url)
-            raise NoRepository(str(error), remedy="choose a new or an empty folder") from None
-        taken = UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
-        try:
-            await connector.stat(CONFIG)
-            raise taken
-        except NotFound:
-            pass
-        await _probe(connector)
-        if passphrase is not None:
-            label = f"{os.uname().nodename}"
-            slot_id, slot = await to_thread.run_sync(
-                lambda: keys.wrap(secrets, passphrase, configuration.config_hash(data), label=label)
-            )
-            await put_slot(connector, slot_id, slot)
-        try:
-            # Last: with its config the repository exists.
-            await put_once(connector, CONFIG, data)
-        except AlreadyExists:
-            raise taken from None
-        state.remember(
-            connector.location,
-            config.repository_id,
-            config.encrypted,
-            configuration.config_hash(data),
-            folder=options.state_dir,
-        )
-    return config
-
-
-async def _probe(connector: Connector) -> None:
-    """Race puts of one name: a storage that lets two of them win can't hold a repository that several write to."""
-    name = f"leases/{os.urandom(16).hex()}"
-    winners = 0
-
-    async def put(number: int) -> None:
-        nonlocal winners
-        try:
-            await connector.put(name, [b"probe %d" % number], if_absent=True)
-            winners += 1
-        except AlreadyExists:
-            pass
-
-    async with anyio.create_task_group() as group:
-        for number in range(4):
-            group.start_soon(put, number)
-    await connector.delete(name)
-    if winners != 1:
-        raise NoRepository(
-            f"{connector.location}: of four puts that must exclude each other {winners} succeeded",
-            remedy="choose a storage with atomic creation of files",
-        )
-
-
 @asynccontextmanager
 async def open_repository(
     url: str,
@@ -423,11 +354,11 @@ async def _config(connector: Connector, url: str) -> bytes:
         size_bytes = (await connector.stat(CONFIG)).size_bytes
         return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
     except NotFound:
-        await _check_not_lost(connector, url)
+        await check_not_lost(connector, url)
         raise NoRepository(f"no repository at {url}") from None
 
 
-async def _check_not_lost(connector: Connector, url: str) -> None:
+async def check_not_lost(connector: Connector, url: str) -> None:
     """Where there is no config, there must be no packs either.
 
     :raises NoRepository: if there are

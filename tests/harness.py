@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.tree_state import remove_tree
 
+from coffret.engine.creation import create_repository
 from coffret.engine.progress import Progress
-from coffret.engine.repository import OpenOptions, create_repository, open_repository
+from coffret.engine.repository import OpenOptions, open_repository
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping

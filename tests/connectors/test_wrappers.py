@@ -97,6 +97,19 @@ class TestRetry:
         assert 2 <= len(faulty.calls) <= 50
         assert str(raised.value) == str(len(faulty.calls) - 1)
 
+    async def test_what_never_answered_is_given_up_sooner(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("coffret.connectors.retry.FIRST_GIVE_UP_S", 0.0)
+        memory = MemoryConnector()
+        faulty = FaultyConnector(memory, fail_before={0: ConnectionLost("refused"), 2: ConnectionLost("restarted")})
+        connector = retrying(faulty)
+        with pytest.raises(ConnectionLost):
+            await connector.stat("config")
+        with pytest.raises(NotFound):
+            await connector.stat("config")
+        with pytest.raises(NotFound):
+            await connector.stat("config")
+        assert len(faulty.calls) == 4
+
     async def test_a_short_answer_is_asked_for_again(self) -> None:
         memory = MemoryConnector()
         await memory.put("index/a", BODY)

@@ -1,0 +1,126 @@
+"""Make a new repository."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from coffret.connectors.errors import AlreadyExists, NotFound, NotStorage
+from coffret.engine import configuration, keys, state
+from coffret.engine.errors import NoRepository, UsageError
+from coffret.engine.keyring import put_slot
+from coffret.engine.objects import put_once
+from coffret.engine.repository import CONFIG, OpenOptions, bare_storage, check_not_lost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coffret.connectors.base import Connector
+    from coffret.engine.records import Config
+
+# Racing puts of one name, by which a storage shows whether they exclude each other.
+_RACERS = 4
+
+
+async def create_repository(
+    url: str,
+    *,
+    passphrase: bytes | None,
+    options: OpenOptions | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Config:
+    """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
+
+    `on_note` is told what the storage can't promise.
+
+    :raises UsageError: if there is a repository already, or the passphrase is empty
+    :raises NoRepository: if the place holds something else
+    """
+    options = options or OpenOptions()
+    secrets = keys.new_secrets(encrypted=passphrase is not None)
+    config = configuration.new_config(secrets)
+    data = configuration.config_bytes(config)
+    async with bare_storage(url, options) as connector:
+        await _make_place(connector, url)
+        notes = await _probe(connector)
+        if passphrase is not None:
+            label = f"{os.uname().nodename}"
+            slot_id, slot = await to_thread.run_sync(
+                lambda: keys.wrap(secrets, passphrase, configuration.config_hash(data), label=label)
+            )
+            await put_slot(connector, slot_id, slot)
+        try:
+            # Last: with its config the repository exists.
+            await put_once(connector, CONFIG, data)
+        except AlreadyExists:
+            raise _taken(url) from None
+        state.remember(
+            connector.location,
+            config.repository_id,
+            config.encrypted,
+            configuration.config_hash(data),
+            folder=options.state_dir,
+        )
+        for note in (*notes, *connector.notes):
+            if on_note is not None:
+                on_note(note)
+    return config
+
+
+async def _make_place(connector: Connector, url: str) -> None:
+    """Make the storage ready, if no repository is there.
+
+    :raises UsageError: if one is
+    :raises NoRepository: if something else is
+    """
+    try:
+        await connector.create()
+    except NotStorage as error:
+        await check_not_lost(connector, url)
+        raise NoRepository(str(error), remedy="choose a new or an empty place") from None
+    try:
+        await connector.stat(CONFIG)
+    except NotFound:
+        return
+    raise _taken(url)
+
+
+def _taken(url: str) -> UsageError:
+    return UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
+
+
+async def _probe(connector: Connector) -> list[str]:
+    """Race puts of one name, and see what the storage makes of it; return notes for the user.
+
+    Backups need no exclusive puts, since no two writers ever use one name; maintenance does.
+
+    :raises NoRepository: if none of the puts succeeded
+    """
+    name = f"leases/{os.urandom(16).hex()}"
+    winners = 0
+
+    async def put(number: int) -> None:
+        nonlocal winners
+        try:
+            await connector.put(name, [b"probe %d" % number], if_absent=True)
+            winners += 1
+        except AlreadyExists:
+            pass
+
+    async with anyio.create_task_group() as group:
+        for number in range(_RACERS):
+            group.start_soon(put, number)
+    await connector.delete(name)
+    if not winners:
+        raise NoRepository(
+            f"{connector.location}: a new name is said to be taken", remedy="choose another storage: this one errs"
+        )
+    if winners == 1:
+        return []
+    return [
+        f"{connector.location} does not keep several writers from taking one name: backups are safe, but whatever removes"
+        " old data there must have the repository for itself"
+    ]
