@@ -15,6 +15,8 @@ from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import format_duration, format_size, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coffret.commands.running import Session
     from coffret.engine.filters import Filters
     from coffret.engine.flow import ChannelStatistics
@@ -55,6 +57,9 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
     display.dry_run = given["dry_run"]
     filters = _filters(given)
 
+    if not given["stdin_name"]:
+        _warn_of_idle(session, given["exclude"], paths)
+
     async def backup() -> int:
         from coffret.engine.stream import StreamSource
 
@@ -66,6 +71,17 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
         return _report(session, summary, dry_run=given["dry_run"])
 
     return session.run(backup, progress=True)
+
+
+def _warn_of_idle(session: Session, excludes: Sequence[str], paths: Sequence[str]) -> None:
+    """Note patterns that were meant to begin in the current directory: they match nothing."""
+    if not excludes:
+        return
+    from coffret.engine.filters import MATCHES_NOTHING, idle_patterns
+
+    roots = [os.path.abspath(os.fsencode(path))[1:] for path in paths or ["."]]
+    for pattern in idle_patterns(excludes, roots):
+        session.display.note(f"{pattern!r} {MATCHES_NOTHING}")
 
 
 def _filters(given: dict[str, Any]) -> Filters | None:

@@ -53,9 +53,9 @@ def command(session: Session, snapshot: str | None, recursive: bool) -> int:
             else:
                 name, path = split_target(snapshot)
                 found = await repository.find_snapshot(name)
-                entries = await _entries(session, repository, found, path, recursive)
+                entries, damaged = await _entries(session, repository, found, path, recursive)
                 faults = await _faults(session, repository, found, path)
-                fields = {"snapshot_id": found.id, "entries": entries, "damaged": 0, "faults": faults}
+                fields = {"snapshot_id": found.id, "entries": entries, "damaged": damaged, "faults": faults}
         session.display.summary("", **fields)
         return PARTLY if fields["damaged"] else 0
 
@@ -94,16 +94,23 @@ def show_snapshot(session: Session, snapshot: Snapshot) -> None:
 
 async def _entries(
     session: Session, repository: Repository, snapshot: Snapshot, path: bytes | None, recursive: bool
-) -> int:
-    """Show the entries; return how many there are."""
-    count = 0
+) -> tuple[int, int]:
+    """Show the entries; return how many there are, and how many parts of the listing are damaged."""
+    count = damaged = 0
+
+    def lost(begin: bytes, reason: str) -> None:
+        nonlocal damaged
+        damaged += 1
+        session.display.progress.fault(begin, reason)
+
     start = b"" if path is None else path.strip(b"/")
-    async for directory, entries in repository.entries(snapshot, start, recursive=recursive or path is None):
+    recursive = recursive or path is None
+    async for directory, entries in repository.entries(snapshot, start, recursive=recursive, lost=lost):
         prefix = b"/" + directory + b"/" if directory else b"/"
         for entry in entries:
             _show(session, prefix + entry.name, entry)
         count += len(entries)
-    return count
+    return count, damaged
 
 
 async def _faults(

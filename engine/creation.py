@@ -121,6 +121,6 @@ async def _probe(connector: Connector) -> list[str]:
     if winners == 1:
         return []
     return [
-        f"{connector.location} does not keep several writers from taking one name: backups are safe, but whatever removes"
-        " old data there must have the repository for itself"
+        f"{connector.location} does not keep several writers from taking one name: backups are safe, but whatever"
+        " removes old data there must have the repository for itself"
     ]

@@ -194,6 +194,10 @@ class _View:
         return _View(self.includes.enter(name), self.excludes.enter(name), *self.judge(name, True))
 
 
+# What to say of them.
+MATCHES_NOTHING = "matches nothing: with a slash it begins at /; to match it anywhere put **/ before it"
+
+
 def idle_patterns(patterns: Sequence[str], roots: Sequence[bytes]) -> list[str]:
     """Of patterns that were meant to begin in some directory, as a shell's do, those that match nothing below `roots`.
 

@@ -193,10 +193,13 @@ class Repository:
         return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept)
 
     async def entries(
-        self, snapshot: Snapshot, path: bytes, *, recursive: bool
+        self, snapshot: Snapshot, path: bytes, *, recursive: bool, lost: Callable[[bytes, str], None] | None = None
     ) -> AsyncIterator[tuple[bytes, list[Entry]]]:
         """(directory, entries) of what lies at `path` (no leading slash): a file itself, a directory's content.
 
+        `lost` is told where a part of the listing is damaged, and why; without it that is an error.
+
+        :raises Damaged: if the listing is damaged, and nobody is told
         :raises UsageError: if there is no such path
         """
         import stat
@@ -205,7 +208,7 @@ class Repository:
 
         await self.commits()
         fetcher = self.fetcher()
-        catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load)
+        catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load, lost=lost)
         entry = await catalog.find(path)
         if entry is None:
             raise UsageError(

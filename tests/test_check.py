@@ -378,3 +378,22 @@ def test_the_program_and_a_path_that_is_not_there(place: Path) -> None:
     (place / "source").mkdir()
     program.backup("source")
     assert "no /nope" in program("check", "latest:/nope", code=2).stderr
+
+
+def test_ls_goes_on_after_a_damaged_page(place: Path) -> None:
+    """Of empty files there is one pack, of their catalog; its first block is damaged, the last has the tree's root."""
+    program = Program(place / "home")
+    program("create", "--no-encryption")
+    source = place / "source"
+    for number in range(30_000):
+        if number % 1000 == 0:
+            (folder := source / f"{number // 1000:02}").mkdir(parents=True)
+        (folder / f"file-{number}").touch()
+    program.backup(source)
+    (pack,) = (path for path in (program.repository / "packs").rglob("*") if path.is_file())
+    flip_bit(pack, 5000)
+    outcome = program("ls", "--json", "-r", b"latest:" + os.fsencode(source), code=3)
+    assert 5_000 < len(outcome.of_type("item")) < 30_000
+    (fault, *_) = outcome.of_type("error")
+    assert "entries from" in fault["message"]
+    assert outcome.summary["damaged"] == len(outcome.of_type("error"))

@@ -103,10 +103,8 @@ async def restore(
     owner = os.geteuid() == 0 if options.owner is None else options.owner
     if not owner and options.owner is None:
         progress.note("owners are not restored, since this is not root")
-    for pattern in options.patterns.idle(scope.start) if options.patterns is not None else ():
-        progress.note(
-            f"{pattern!r} matches nothing: with a slash it begins at /; to match it anywhere put **/ before it"
-        )
+    if options.patterns is not None:
+        _note_idle(options.patterns, scope.start, progress)
     replace = options.overwrite != "refuse"
     opened = await to_thread.run_sync(lambda: open_target(target, replace=replace))
     unused = True
@@ -227,6 +225,13 @@ def _concerned(patterns: PathPatterns | None, directory: bytes, entry: Entry) ->
 
 def _join(directory: bytes, name: bytes) -> bytes:
     return directory + b"/" + name if directory else name
+
+
+def _note_idle(patterns: PathPatterns, start: bytes, progress: Progress) -> None:
+    from coffret.engine.filters import MATCHES_NOTHING
+
+    for pattern in patterns.idle(start):
+        progress.note(f"{pattern!r} {MATCHES_NOTHING}")
 
 
 class _Restore:
