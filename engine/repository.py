@@ -18,7 +18,7 @@ from anyio import to_thread
 from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
-from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase
+from coffret.engine.errors import Damaged, NoRepository, UsageError, WrongPassphrase
 from coffret.engine.keyring import read_keyring
 from coffret.engine.sealing import Sealer
 
@@ -209,7 +209,15 @@ class Repository:
         await self.commits()
         fetcher = self.fetcher()
         catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load, lost=lost)
-        entry = await catalog.find(path)
+        try:
+            entry = await catalog.find(path)
+        except Damaged:
+            if lost is None or not catalog.survives:
+                raise
+            # What it is can't be told; what lies below it may be whole.
+            async for directory, entries in catalog.walk(path):
+                yield directory, entries
+            return
         if entry is None:
             raise UsageError(
                 f"no /{os.fsdecode(path)} in snapshot {snapshot.short_id}",
