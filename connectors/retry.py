@@ -45,11 +45,12 @@ class RetryConnector(Wrapper):
         inner: Connector,
         *,
         give_up_s: float = GIVE_UP_S,
-        first_wait_s: float = FIRST_WAIT_S,
+        first_wait_s: float | None = None,
         on_retry: Callable[[str, ConnectorError], None] | None = None,
     ) -> None:
         super().__init__(inner)
-        self._give_up_s, self._first_wait_s, self._on_retry = give_up_s, first_wait_s, on_retry
+        self._give_up_s, self._on_retry = give_up_s, on_retry
+        self._first_wait_s = FIRST_WAIT_S if first_wait_s is None else first_wait_s
         self._reached = False
 
     async def create(self) -> None:

@@ -270,11 +270,11 @@ cdef class EntryLoop:
     #: The page being filled; regular files and their bytes, as far as the walk has come.
     cdef public object page
     cdef public int64_t files, size_bytes
-    cdef object cutter, skip
+    cdef object cutter, skip, skip_files
     cdef bint ignore_inode, ignore_ctime, verbose
 
     def __init__(self, page, cutter, options):
-        self.page, self.cutter, self.skip = page, cutter, options.skip
+        self.page, self.cutter, self.skip, self.skip_files = page, cutter, options.skip, options.skip_files
         self.ignore_inode, self.ignore_ctime, self.verbose = options.ignore_inode, options.ignore_ctime, options.verbose
 
     def entries(self, Directory found not None, bytes directory not None, bytes prefix not None, bytes real not None,
@@ -319,6 +319,8 @@ cdef class EntryLoop:
                         continue
                     if node.device == device or self.enters(below, prefix + name, typed):
                         deeper.append((below, scope, node.device))
+                elif self.skip_files and (node.device, node.inode) in self.skip_files:
+                    continue
 
             bits = xxh3_64_intdigest(name, seed)
             level = 0 if <uint64_t>bits & PAGE_MASK else self.cutter.level(seed, name)

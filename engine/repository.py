@@ -23,7 +23,7 @@ from coffret.engine.keyring import read_keyring
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from coffret.connectors.base import Connector
@@ -246,15 +246,21 @@ class Repository:
                 places += folder.glob(pattern)
             else:
                 places.append(folder)
-        places += self.connector.places
-        found = set()
-        for place in places:
-            try:
-                status = os.stat(place)
-            except OSError:
-                continue
-            found.add((status.st_dev, status.st_ino))
-        return frozenset(found)
+        return frozenset(_identities([*places, *self.connector.places]))
+
+    def own_files(self) -> frozenset[tuple[int, int]]:
+        """(device, inode) of the files that a backup leaves out, since the repository consists of them."""
+        return frozenset(_identities([place for place in self.connector.places if place.is_file()]))
+
+
+def _identities(places: Sequence[Path]) -> Iterator[tuple[int, int]]:
+    """(device, inode) of those that are there."""
+    for place in places:
+        try:
+            status = os.stat(place)
+        except OSError:
+            continue
+        yield status.st_dev, status.st_ino
 
 
 @asynccontextmanager

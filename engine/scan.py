@@ -40,11 +40,12 @@ _PASS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 class ScanOptions:
     """What to leave out and what to trust.
 
-    `skip`: (device, inode) of directories left out. `verbose`: tell what happened to each entry.
+    `skip`, `skip_files`: (device, inode) of directories, and of files, left out. `verbose`: tell what happened to each entry.
     """
 
     filters: Filters | None = None
     skip: frozenset[tuple[int, int]] = frozenset()
+    skip_files: frozenset[tuple[int, int]] = frozenset()
     one_file_system: bool = False
     ignore_inode: bool = False
     ignore_ctime: bool = False

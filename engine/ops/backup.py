@@ -256,6 +256,7 @@ class _Backup:
             ScanOptions(
                 filters=options.filters,
                 skip=repository.own_places(self._roots.paths),
+                skip_files=repository.own_files(),
                 one_file_system=options.one_file_system,
                 ignore_inode=options.ignore_inode,
                 ignore_ctime=options.ignore_ctime,
