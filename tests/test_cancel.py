@@ -175,7 +175,7 @@ def test_restore(home: Path) -> None:
     expected = contents(source)
     for number, after_s in moments("restore", 4, 1.2):
         shutil.rmtree(target, ignore_errors=True)
-        code, text = interrupt(program, number, after_s, "restore", "latest", "--to", target)
+        code, text = interrupt(program, number, after_s, "restore", "latest", "--no-owner", "--to", target)
         expect(code, text)
         if target.exists():
             for name, content in contents(target).items():
