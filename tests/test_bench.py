@@ -23,7 +23,7 @@ from bench.measure import Command, CommandFailed, sync_filesystem
 from bench.measure import run as run_command
 from bench.memory import MemorySampler, tree_memory
 from bench.primitives import significant
-from bench.results import Dedup, Measurement, Primitives, Run, append, read, this_run
+from bench.results import Dedup, Measurement, Primitives, Run, append, read, spread, this_run
 from bench.scenarios import Scenario
 from bench.tables import markdown, plain
 from bench.trees import Tally, TreeCopier, units
@@ -244,7 +244,7 @@ def test_tables_are_aligned_and_marked_up() -> None:
 
 
 def test_a_bound_too_small_to_be_told_is_left_out() -> None:
-    small = msgspec.structs.replace(_line("1", OURS, [0.5]), dataset=_dataset())
+    small = msgspec.structs.replace(_line("1", OURS, [0.5], _dataset()), wall=spread([0.5]))
     costs = Primitives(
         run=small.run,
         dataset=_dataset(),
