@@ -38,7 +38,7 @@ def test_compression(run: Here) -> None:
     summaries = {level: backup(run, "--dry-run", "--compression", level) for level in COMPRESSION_LEVELS}
     stored = [summaries[level]["bytes_stored"] for level in ("off", "fast", "default", "max")]
     steps = [larger - smaller for larger, smaller in pairwise(stored)]
-    assert min(steps) > 5_000  # the catalog differs by some bytes each time
+    assert min(steps) > 1_000  # the catalog differs by some bytes each time
     assert stored[0] > summaries["off"]["bytes_added"] > len(text) > stored[1]
     assert abs(backup(run, "--dry-run")["bytes_stored"] - stored[2]) < 1_000
 
