@@ -55,8 +55,13 @@ def measure_primitives(run: Run, dataset: Dataset, folder: Path) -> Primitives:
         megabytes_per_s={name: round(speed / 1e6, 1) for name, speed in speeds.items()},
         microseconds={name: round(cost * 1e6, 2) for name, cost in costs.items()},
         stored_share=round(stored_share, 4),
-        bounds_s={name: round(bound, 3) for name, bound in bounds.items()},
+        bounds_s={name: significant(bound) for name, bound in bounds.items()},
     )
+
+
+def significant(value: float) -> float:
+    """A figure with three digits of its own, however small: rounded to milliseconds a small one is 0."""
+    return float(f"{value:.3g}")
 
 
 def _sample_paths(dataset: Dataset) -> list[Path]:

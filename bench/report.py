@@ -113,10 +113,12 @@ def bounds_table(lines: Sequence[Line], scale: float, table: Table = markdown) -
     rows = []
     for name, primitives in bounds.items():
         for scenario, bound in primitives.bounds_s.items():
+            if not bound:  # lines of before kept milliseconds
+                continue
             ours = [line for line in measured.get((name, scenario), []) if line.contender == OURS]
             if ours and ours[0].wall is not None:
                 wall_s = ours[0].wall.median
-                rows.append([f"{name}: {scenario}", f"{bound:.2f}", f"{wall_s:.2f}", f"{wall_s / bound:.2f}"])
+                rows.append([f"{name}: {scenario}", f"{bound:.3g}", f"{wall_s:.2f}", f"{wall_s / bound:.2f}"])
     return table(["scenario", "sum of primitives, s", "measured, s", "times"], rows) if rows else ""
 
 

@@ -40,7 +40,8 @@ _PASS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 class ScanOptions:
     """What to leave out and what to trust.
 
-    `skip`, `skip_files`: (device, inode) of directories, and of files, left out. `verbose`: tell what happened to each entry.
+    `skip`, `skip_files`: (device, inode) of directories, and of files, left out. `verbose`: tell what happened to each
+    entry.
     """
 
     filters: Filters | None = None

@@ -9,9 +9,10 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import msgspec
 import pytest
 from bench import report, run
-from bench.bars import BARS, Bar, Kind, judge
+from bench.bars import BARS, OURS, Bar, Kind, judge
 from bench.changes import one_percent, undo
 from bench.compare import differences
 from bench.contenders import available
@@ -21,7 +22,8 @@ from bench.edits import EditedTree
 from bench.measure import Command, CommandFailed, sync_filesystem
 from bench.measure import run as run_command
 from bench.memory import MemorySampler, tree_memory
-from bench.results import Dedup, Measurement, Primitives, Run, append, read, this_run
+from bench.primitives import significant
+from bench.results import Dedup, Measurement, Primitives, Run, append, read, spread, this_run
 from bench.scenarios import Scenario
 from bench.tables import markdown, plain
 from bench.trees import Tally, TreeCopier, units
@@ -239,6 +241,25 @@ def test_tables_are_aligned_and_marked_up() -> None:
     rows = [["a", "1"], ["long name", "22|"]]
     assert plain(["name", "s"], rows).splitlines()[2:] == ["a            1", "long name  22|"]
     assert markdown(["name", "s"], rows).splitlines()[1:3] == ["| --- | ---: |", "| a | 1 |"]
+
+
+def test_a_bound_too_small_to_be_told_is_left_out() -> None:
+    small = msgspec.structs.replace(_line("1", OURS, [0.5], _dataset()), wall=spread([0.5]))
+    costs = Primitives(
+        run=small.run,
+        dataset=_dataset(),
+        megabytes_per_s={},
+        microseconds={},
+        stored_share=1.0,
+        bounds_s={"first": 0.000246, "unchanged": 0.0},
+    )
+    other = msgspec.structs.replace(small, scenario="unchanged")
+    *_, row = report.bounds_table([small, other, costs], 1.0).splitlines()
+    assert row == "| big: first | 0.000246 | 0.50 | 2032.52 |"
+
+
+def test_bounds_keep_their_digits() -> None:
+    assert [significant(bound) for bound in (0.000246481, 12.3456, 0.0)] == [0.000246, 12.3, 0.0]
 
 
 @needs_contenders

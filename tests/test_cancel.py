@@ -1,6 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment, a reader that goes away: all ends, nothing is left, the next run is good.
 
 The moments are random but the same in each run; COFFRET_TEST_ROUNDS=20 makes a campaign, COFFRET_TEST_SEED another one.
+They are counted from when the program proper begins, and a limited rate keeps it at work beyond the last of them, on
+any machine: so most have to hit.
 """
 
 from __future__ import annotations
@@ -37,13 +39,12 @@ def interrupt(program: Program, number: int, after_s: float, *arguments: str | P
     """Start a command and send it a signal; return its exit code and its standard error. Nothing of it is left."""
     shared = set(os.listdir("/dev/shm"))
     process = program.start(*arguments)
+    await_handler(process)
     slept(process, after_s)
     processes = below(process.pid)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     text = err.decode()
-    if "from coffret.cli import main" in text:  # the program proper had not begun
-        return -number, ""
     assert b"Traceback" not in err + out, text
     await_end(processes)
     assert set(os.listdir("/dev/shm")) <= shared
@@ -56,10 +57,10 @@ def moments(what: str, count: int, longest_s: float) -> list[tuple[int, float]]:
     return [(rng.choice(STOPPING), round(rng.uniform(0.0, longest_s), 3)) for _ in range(count * ROUNDS)]
 
 
-def expect(code: int, text: str, done: int = 0) -> None:
-    """Interrupted, and says so in the last line; or it was done before the signal came.
+def expect(code: int, text: str, done: int = 0) -> bool:
+    """Interrupted, and says so in the last line, which is a hit; or it was done before the signal came.
 
-    Before Python has started and after it has ended a signal kills, silently.
+    After Python has ended a signal kills, silently.
     """
     if code != done and (code not in [-number for number in STOPPING] or text):
         assert code == 130, (code, text)
@@ -67,6 +68,12 @@ def expect(code: int, text: str, done: int = 0) -> None:
         assert lines, "nothing was said"
         assert "interrupted" in lines[-1], text
         assert sum("interrupted" in line for line in lines) == 1, text
+    return code == 130
+
+
+def mostly(hits: list[bool]) -> bool:
+    """Whether three of four hit, so that what follows from a hit was seen."""
+    return 4 * sum(hits) >= 3 * len(hits)
 
 
 def await_handler(process: subprocess.Popen[bytes]) -> None:
@@ -105,7 +112,7 @@ def test_a_closed_terminal(home: Path) -> None:
     with (home / "source" / "much").open("wb") as file:
         for number in range(8):
             file.write(random.Random(number).randbytes(32 << 20))
-    process = program.start("backup", home / "source")
+    process = program.start("backup", home / "source", "--limit-upload", "40M")
     stored_a_pack(program, process)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGHUP)
@@ -130,13 +137,13 @@ def test_nohup(home: Path) -> None:
 
 def test_backup(home: Path) -> None:
     program = Program(home)
-    source = home / "source"
+    source, hits = home / "source", []
     for turn, (number, after_s) in enumerate(moments("backup", 4, 1.5)):
         (source / "fresh").write_bytes(random.Random(turn).randbytes(12 << 20))
-        code, text = interrupt(program, number, after_s, "backup", source)
-        expect(code, text)
+        hits.append(expect(*interrupt(program, number, after_s, "backup", source, "--limit-upload", "3M")))
         assert not objects(program.repository, "leases")
         assert not objects(program.repository, "tmp")
+    assert mostly(hits)
     summary = program.backup(source)
     assert summary["errors"] == 0
     program("check")
@@ -151,7 +158,7 @@ def test_what_was_stored_is_taken_up(home: Path) -> None:
     with (source / "much").open("wb") as file:
         for number in range(5):
             file.write(random.Random(number).randbytes(32 << 20))
-    process = program.start("backup", source)
+    process = program.start("backup", source, "--limit-upload", "20M")
     while (
         process.poll() is None and sum(path.stat().st_size for path in objects(program.repository, "packs")) < 1 << 25
     ):
@@ -159,9 +166,9 @@ def test_what_was_stored_is_taken_up(home: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     stored = sum(path.stat().st_size for path in objects(program.repository, "packs"))
-    if process.returncode == 130:
-        assert objects(program.repository, "index"), err
-        assert not objects(program.repository, "leases")
+    assert expect(process.returncode, err.decode())
+    assert objects(program.repository, "index"), err
+    assert not objects(program.repository, "leases")
     program.backup(source)
     total = sum(path.stat().st_size for path in objects(program.repository, "packs"))
     random_bytes = (5 * 32 << 20) + (16 << 20)
@@ -172,25 +179,27 @@ def test_restore(home: Path) -> None:
     program = Program(home)
     source, target = home / "source", home / "target"
     program("backup", source)
-    expected = contents(source)
+    expected, hits = contents(source), []
+    words = ["restore", "latest", "--no-owner", "--limit-download", "3M", "--to", target]
     for number, after_s in moments("restore", 4, 1.2):
         shutil.rmtree(target, ignore_errors=True)
-        code, text = interrupt(program, number, after_s, "restore", "latest", "--to", target)
-        expect(code, text)
+        hits.append(expect(*interrupt(program, number, after_s, *words)))
         if target.exists():
             for name, content in contents(target).items():
                 assert expected.get(name) == content, f"{name} is left half written"
         program("restore", "latest", "--to", target, "--overwrite", "if-changed")
         assert contents(target) == expected
+    assert mostly(hits)
 
 
 def test_check(home: Path) -> None:
     program = Program(home)
     program("backup", home / "source")
-    for number, after_s in moments("check", 3, 1.0):
-        code, text = interrupt(program, number, after_s, "check")
-        expect(code, text)
+    hits = []
+    for number, after_s in moments("check", 4, 1.0):
+        hits.append(expect(*interrupt(program, number, after_s, "check", "--limit-download", "3M")))
         assert not objects(program.repository, "tmp")
+    assert mostly(hits)
     program("check")
 
 

@@ -232,7 +232,7 @@ def test_quiet(program: Program) -> None:
 
 def test_check_and_restore(program: Program, tmp_path: Path) -> None:
     program("backup", "/etc/hostname")
-    for arguments in (["check"], ["restore", "--to", tmp_path / "out", "latest"]):
+    for arguments in (["check"], ["restore", "--no-owner", "--to", tmp_path / "out", "latest"]):
         shown = terminal.start(program, *arguments)
         assert shown.end() == 0
         [line] = shown.screen

@@ -101,8 +101,6 @@ async def restore(
     catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, fetcher.load, lost=progress.fault)
     scope = await _scope(catalog, snapshot, path)
     owner = os.geteuid() == 0 if options.owner is None else options.owner
-    if not owner and options.owner is None:
-        progress.note("owners are not restored, since this is not root")
     if options.patterns is not None:
         _note_idle(options.patterns, scope.start, progress)
     replace = options.overwrite != "refuse"
@@ -112,6 +110,8 @@ async def restore(
         if opened.occupied and not replace:
             await _refuse_taken(catalog, scope, opened, options.patterns)
             scope = scope._replace(named=False)
+        if not owner and options.owner is None:
+            progress.note("owners are not restored, since this is not root")
         progress.phase = "restore"
         if path is None and options.patterns is None:
             progress.files_total, progress.size_total = snapshot.header.counts.files, snapshot.header.counts.size_bytes

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -35,7 +35,7 @@ from coffret.connectors.errors import (
 from coffret.connectors.local import LocalConnector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 pytestmark = pytest.mark.anyio
 
@@ -225,6 +225,84 @@ class TestFiles:
         finally:
             os.close(fd)
         pytest.skip("this file system caches what is written, or knows no direct writes")
+
+
+class TestDurability:
+    """What a crash of the machine leaves depends on the order of a few calls, and on nothing else that a test sees."""
+
+    @pytest.fixture
+    def calls(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+        """The calls that write, name or flush, each with the file or folder it concerns, in order."""
+        found: list[tuple[str, str]] = []
+
+        def place(fd: int) -> str:
+            path = Path(os.readlink(f"/proc/self/fd/{fd}")).relative_to(folder)
+            return "tmp/*" if path.parts[:1] == ("tmp",) else str(path)
+
+        def watch(name: str, told: Callable[..., str]) -> None:
+            real = getattr(os, name)
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                entry = (name, told(*arguments))
+                done = real(*arguments, **options)  # noted when it has succeeded
+                if found[-1:] != [entry]:  # a large object is written in several calls
+                    found.append(entry)
+                return done
+
+            monkeypatch.setattr(os, name, call)
+
+        for name in ("write", "writev", "fdatasync", "fsync"):
+            watch(name, lambda fd, *_: place(fd))
+        for name in ("link", "rename"):
+            watch(name, lambda _, target: target)
+        watch("unlink", lambda name: "tmp/*" if name.startswith("tmp/") else name)
+        watch("mkdir", lambda name, *_: name)
+        return found
+
+    @pytest.mark.parametrize("if_absent", [True, False])
+    @pytest.mark.parametrize("size_bytes", [1, 5 * MIB + 3], ids=["small", "large"])
+    async def test_put(
+        self, connector: LocalConnector, calls: list[tuple[str, str]], if_absent: bool, size_bytes: int
+    ) -> None:
+        """The data is flushed before it has a name, and the name before `put` returns."""
+        await connector.put("packs/aa/one", [aligned(bytes(size_bytes))], if_absent=if_absent)
+        writes = [call for call in calls if call[0] in ("write", "writev")]
+        assert calls == [
+            *writes,
+            ("fdatasync", "tmp/*"),
+            ("link" if if_absent else "rename", "packs/aa/one"),
+            *([("unlink", "tmp/*")] if if_absent else []),
+            ("fsync", "packs/aa"),
+        ]
+        assert writes
+        assert {place for _, place in writes} == {"tmp/*"}
+
+    async def test_put_into_a_new_folder(self, connector: LocalConnector, calls: list[tuple[str, str]]) -> None:
+        await connector.put("more/below/one", [b"1"])
+        flushed = [call for call in calls if call[0] != "writev" and call != ("unlink", "tmp/*")]
+        assert flushed == [
+            ("fdatasync", "tmp/*"),
+            ("mkdir", "more"),
+            ("fsync", "."),
+            ("mkdir", "more/below"),
+            ("fsync", "more"),
+            ("rename", "more/below/one"),
+            ("fsync", "more/below"),
+        ]
+
+    async def test_a_name_that_is_taken(self, connector: LocalConnector, calls: list[tuple[str, str]]) -> None:
+        """Who is told so may rely on it: another may have put it just now, and not flushed its folder yet."""
+        await connector.put("index/a", [b"1"])
+        calls.clear()
+        with pytest.raises(AlreadyExists):
+            await connector.put("index/a", [b"2"], if_absent=True)
+        assert calls == [("fsync", "index")]
+
+    async def test_delete(self, connector: LocalConnector, calls: list[tuple[str, str]]) -> None:
+        await connector.put("index/a", [b"1"])
+        calls.clear()
+        await connector.delete("index/a")
+        assert calls == [("unlink", "index/a"), ("fsync", "index")]
 
 
 class TestErrors:
