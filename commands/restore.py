@@ -10,6 +10,7 @@ import click
 from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, common_path, split_target
 from coffret.display import counted, path_fields, printable
+from coffret.engine.settings import OVERWRITE
 
 if TYPE_CHECKING:
     from coffret.engine.ops.restore import RestoreOptions
@@ -28,7 +29,7 @@ PARTLY = 3
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches.")
 @click.option(
     "--overwrite",
-    type=click.Choice(["always", "if-changed", "never"]),
+    type=click.Choice(OVERWRITE[1:]),
     help="What becomes of files that exist: always replaces them, if-changed those of another size or time, never none"
     " of them. Without it none may exist.",
 )

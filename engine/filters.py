@@ -78,16 +78,6 @@ class Filters:
         # Many directories have the same ignore file.
         self._rule_sets: dict[tuple[bytes, ...], RuleSet] = {}
 
-    @property
-    def active(self) -> bool:
-        """Whether anything could be left out; if not, a scan needs no scopes."""
-        return (
-            not self._command_line.empty
-            or bool(self._ignore_names)
-            or self._exclude_caches
-            or self._limit_bytes < sys.maxsize
-        )
-
     def enter(
         self,
         directory: bytes,
@@ -134,7 +124,6 @@ class PathPatterns:
     """
 
     def __init__(self, includes: Sequence[str] = (), excludes: Sequence[str] = ()) -> None:
-        self.active = bool(includes or excludes)
         self._texts = [*includes, *excludes]
         self._root = _View(
             RuleSet(_arguments(includes)).start, RuleSet(_arguments(excludes)).start, not includes, False

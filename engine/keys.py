@@ -93,11 +93,9 @@ class _Head(msgspec.Struct):
     version: int
 
 
-def new_secrets(*, encrypted: bool, like: Secrets | None = None) -> Secrets:
-    """Random keys for a new repository; chunk id and chunker key are those of `like`, if given, never the data key."""
+def new_secrets(*, encrypted: bool) -> Secrets:
+    """Random keys for a new repository."""
     data_key = os.urandom(KEY_BYTES) if encrypted else b""
-    if like is not None:
-        return Secrets(data_key, like.id_key, like.chunker_key)
     return Secrets(data_key, os.urandom(KEY_BYTES), os.urandom(KEY_BYTES))
 
 

@@ -245,12 +245,6 @@ class Mirror:
         ) is not None:
             yield batch
 
-    async def forget(self) -> None:
-        """Empty the mirror, when it has been found to say what is not so; `reconcile` follows."""
-        async with self._files.changing:
-            await self._drive(self._files.store.wipe())
-            self._view, self._gone, self._certain = View({}, (), ()), {}, False
-
     async def close(self) -> None:
         """Remove a private mirror; a shared one needs no closing."""
         with anyio.CancelScope(shield=True):

@@ -18,7 +18,7 @@ from coffret.engine.processes import environment
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PREFIX, PEER_PREFIX = "COFFRET_PASSPHRASE", "COFFRET_PEER_PASSPHRASE"
+PREFIX = "COFFRET_PASSPHRASE"
 # More than anyone types or any manager makes; and /dev/zero has an end.
 MAX_PASSPHRASE_BYTES = 64 << 10
 

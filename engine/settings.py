@@ -1,6 +1,6 @@
 """Every constant that was chosen, with the measurement or reason that chose it. Sizes in bytes, times in seconds."""
 
-KIB, MIB = 1 << 10, 1 << 20
+MIB = 1 << 20
 
 # Storage format (these go into config; changing them here changes new repositories only) -----------------------------
 PACK_BYTES = 32 * MIB
@@ -35,6 +35,9 @@ OPEN_WORKERS, OPEN_SLABS = 3, 8
 # A check holds whole packs.
 CHECK_SLABS = 5
 RESTORE_SLAB_BYTES, RESTORE_STREAM_BYTES = 8 * MIB, 4 * MIB
+
+# What a restore may do about entries that are there already.
+OVERWRITE = ("refuse", "always", "if-changed", "never")
 
 # Key derivation: RFC 9106's second recommended option, 64 MiB, three passes, four lanes: 0.2 s here. The ceilings keep
 # a hostile key slot from exhausting memory or time.

@@ -279,17 +279,6 @@ def test_larger_files_are_left_out_and_those_of_that_size_are_not() -> None:
     assert left_out(Filters(exclude_larger_than=10, excludes=["!large"]), tree) == {b"d/large"}
 
 
-def test_active_only_if_something_may_be_left_out(tmp_path: Path) -> None:
-    (tmp_path / "rules").write_bytes(b"# nothing\n\n")
-    assert not Filters().active
-    assert not Filters(exclude_files=[tmp_path / "rules"], excludes=["", "["]).active
-    assert Filters(excludes=["a"]).active
-    assert Filters(excludes=["/a"]).active
-    assert Filters(ignore_names=["a"]).active
-    assert Filters(exclude_caches=True).active
-    assert Filters(exclude_larger_than=0).active
-
-
 def test_what_makes_no_sense_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exclude file"):
         Filters(exclude_files=[tmp_path / "missing"])
@@ -314,7 +303,6 @@ def wanted(patterns: PathPatterns, tree: Tree) -> list[str]:
 
 def test_without_patterns_everything_is_wanted() -> None:
     patterns = PathPatterns()
-    assert not patterns.active
     assert wanted(patterns, HOME) == sorted(map(os.fsdecode, HOME))
     assert patterns.wanted(b"", True)
     assert patterns.may_contain(b"")

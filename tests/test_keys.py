@@ -354,11 +354,6 @@ class TestSecrets:
         assert {len(part) for part in parts} == {32} and len(parts) == 5
         assert two.data_key == b""
 
-    def test_like_another(self) -> None:
-        alike = new_secrets(encrypted=True, like=SECRETS)
-        assert (alike.id_key, alike.chunker_key) == (SECRETS.id_key, SECRETS.chunker_key)
-        assert alike.data_key != SECRETS.data_key
-
     def test_never_shown(self) -> None:
         secret = b"s3cr3t" * 5 + b"!!"
         held = Secrets(secret, secret, secret)

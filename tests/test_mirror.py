@@ -146,16 +146,6 @@ async def test_an_index_object_replaced_by_maintenance(tmp_path: Path) -> None:
         await agrees(reader, merged)
 
 
-async def test_forget(tmp_path: Path) -> None:
-    objects = {name(n): index({f"{n}": [n]}) for n in range(5)}
-    async with await Mirror.open(tmp_path, REPOSITORY) as mirror:
-        await refresh(mirror, objects)
-        await mirror.forget()
-        assert (await mirror.sift([chunk(1)])).absent == [0]
-        assert await refresh(mirror, objects) == sorted(objects)
-        await agrees(mirror, objects)
-
-
 async def test_another_repository_s_mirror_is_not_believed(tmp_path: Path) -> None:
     objects = {name(1): index({"a": [1]})}
     async with await Mirror.open(tmp_path, REPOSITORY) as mirror:

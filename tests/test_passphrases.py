@@ -21,7 +21,7 @@ from coffret.engine.errors import (
 from coffret.engine.keyring import Keyring, log_removal, put_slot, read_keyring, slot_name
 from coffret.engine.keys import MAX_SLOTS, new_secrets, unlock
 from coffret.engine.ops import passphrases
-from coffret.engine.passphrase import MAX_PASSPHRASE_BYTES, PEER_PREFIX, passphrase_from_environment
+from coffret.engine.passphrase import MAX_PASSPHRASE_BYTES, passphrase_from_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ class TestSources:
     def test_as_it_is(self, tmp_path: Path, value: str, passphrase: bytes) -> None:
         file = tmp_path / "file"
         file.write_bytes(value.encode())
-        for prefix in ("COFFRET_PASSPHRASE", PEER_PREFIX):
+        for prefix in ("COFFRET_PASSPHRASE", "COFFRET_NEW_PASSPHRASE"):
             for env in (
                 {prefix: value},
                 {f"{prefix}_FILE": str(file)},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,9 +108,6 @@ def test_every_day(tmp_path: Path) -> None:
     for place in ("/var/backups", "/root/passphrase", "/tmp/back", "/etc", "/home"):
         script = re.sub(rf"(?<![\w/]){place}\b", str(tmp_path / place.rpartition("/")[2]), script)
     script = re.sub(r"^(export COFFRET_PASSPHRASE_FILE.*)$", r"\1" + "\ncoffret create", script, flags=re.MULTILINE)
-    # The directory is looked for in the latest snapshot, which a database's dump need not be.
-    lines = sorted(script.splitlines(), key=lambda line: "latest:" in line)
-    lines.insert(next(n for n, line in enumerate(lines) if "latest:" in line), f"coffret backup {tmp_path}/etc")
     environment = {
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
         "PYTHONPATH": search_path,
@@ -118,12 +117,12 @@ def test_every_day(tmp_path: Path) -> None:
         "XDG_STATE_HOME": str(tmp_path / "state"),
     }
     outcome = subprocess.run(
-        ["sh", "-euc", "\n".join(lines)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        ["sh", "-euc", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "back" / "config").read_text() == "Host *\n"
     listed = Program(tmp_path, environment={"COFFRET_PASSPHRASE": "correct horse"})("at", tmp_path / "backups", "ls")
-    assert len(listed.stdout.splitlines()) == block.count("coffret backup") + 1
+    assert len(listed.stdout.splitlines()) == block.count("coffret backup")
 
 
 def test_library_example(tmp_path: Path) -> None:
@@ -143,6 +142,45 @@ def test_library_example(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     assert re.fullmatch(r"made [0-9a-f]{8} 1 files\n", outcome.stdout)
     assert (tmp_path / "coffret-restored" / "config").read_text() == "Host *\n"
+
+
+def test_files_that_are_named() -> None:
+    """Sources that documents name in backticks are there; what is compiled is named where the bytes are followed."""
+    named: dict[str, set[str]] = {}
+    for document in DOCUMENTS:
+        text = _FENCE.sub("", (ROOT / document).read_text())
+        named[str(document)] = set(
+            re.findall(r"`((?:engine|connectors|commands|tests|bench|docs)/(?:[\w./-]*(?:/|\.pyx?|\.md))?)`", text)
+        )
+        missing = [name for name in named[str(document)] if not (ROOT / name).exists() and "mine" not in name]
+        assert document.name == "CHANGELOG.md" or not missing, document
+    for document in ("docs/architecture.md", "CONTRIBUTING.md"):
+        compiled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine").rglob("*.pyx")}
+        assert compiled <= named[document], document
+    parts = {
+        path.relative_to(ROOT).as_posix()
+        for stem in ("restore_*", "check_*")
+        for path in (ROOT / "engine").glob(f"{stem}.py")
+    }
+    assert parts <= named["docs/architecture.md"]
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    """`make demo` from nothing but what git has: it installs, and ends in a compared restore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    done = subprocess.run(
+        ["make", "demo", f"PYTHON={sys.executable}"],
+        cwd=tmp_path / "clone",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The restored directory is the same as /usr/include: " in done.stdout
 
 
 def test_make_targets() -> None:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     Faults = list[tuple[bytes, str, int]]
 
-OVERWRITE = ("refuse", "always", "if-changed", "never")
 # Nodes are sent to a worker this many at a time, and so many jobs may wait for the workers beside those with slabs.
 _NODES, _JOBS = 256, OPEN_SLABS + 8
 # Hard links are made this many at a time.
@@ -46,8 +45,9 @@ _LINKS = 1024
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """How to restore. `overwrite` is one of OVERWRITE; `owner` None: set owners if root, else skip them with a note.
+    """How to restore. `overwrite` is one of `settings.OVERWRITE`.
 
+    `owner` None: set owners if root, else skip them with a note.
     `workers`: how many processes open and write; None for the number that was measured best.
     """
 
