@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
 MIB = 1 << 20
 # What an unchanged backup may ask of a storage, however many files there are; and what it takes to store a page of the
 # catalog, where a directory above the source has changed meanwhile.

@@ -1,0 +1,14 @@
+"""The second event loop tells little about a server: on those elsewhere its tests count as slow."""
+
+from __future__ import annotations
+
+import pytest
+
+_ELSEWHERE = ("test_s3.py", "test_sftp.py", "[uvloop-s3", "[uvloop-sftp", "[s3", "[sftp")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/connectors/" in item.nodeid and "uvloop" in item.nodeid:
+            if any(part in item.nodeid for part in _ELSEWHERE):
+                item.add_marker(pytest.mark.slow)
