@@ -9,6 +9,5 @@ _ELSEWHERE = ("test_s3.py", "test_sftp.py", "[uvloop-s3", "[uvloop-sftp", "[s3",
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "tests/connectors/" in item.nodeid and "uvloop" in item.nodeid:
-            if any(part in item.nodeid for part in _ELSEWHERE):
-                item.add_marker(pytest.mark.slow)
+        if "uvloop" in item.nodeid and any(part in item.nodeid for part in _ELSEWHERE):
+            item.add_marker(pytest.mark.slow)
