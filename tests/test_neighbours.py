@@ -55,13 +55,15 @@ def test_nobody_sees_the_passphrase(tmp_path: Path, child: str) -> None:
         "coffret.engine.": [str(tmp_path / "source"), "--limit-upload", "2M"],
     }
     process = program.start("backup", *words[child])
-    secret, lines = PASSPHRASE.encode(), b""
+    secret, seen = PASSPHRASE.encode(), list[Path]()
     try:
-        while child.encode() not in lines:
+        # One that has not begun its program yet still is what it was forked from.
+        while not seen:
             assert process.poll() is None
-            seen = [Path(f"/proc/{pid}") for pid, _ in below(process.pid)]
-            lines = b"".join((place / "cmdline").read_bytes() for place in seen)
-        assert secret not in lines + Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            places = [Path(f"/proc/{pid}") for pid, _ in below(process.pid)]
+            seen = [place for place in places if child.encode() in (place / "cmdline").read_bytes()]
+        for place in (Path(f"/proc/{process.pid}"), *seen):
+            assert secret not in (place / "cmdline").read_bytes()
         assert not [place for place in seen if secret in (place / "environ").read_bytes()]
     finally:
         process.terminate()
