@@ -44,7 +44,7 @@ def test_what_others_read_stays_in_the_page_cache(tmp_path: Path, size_bytes: in
     assert all(cached(source))
 
 
-@pytest.mark.parametrize("child", ["sleep", "coffret.engine."])
+@pytest.mark.parametrize("child", ["sleep", "coffret.engine.chunkworker"])
 def test_nobody_sees_the_passphrase(tmp_path: Path, child: str) -> None:
     """Neither on a command line, nor in the environment of a worker or of a command that is run."""
     fault_harness.create(tmp_path)
@@ -52,7 +52,7 @@ def test_nobody_sees_the_passphrase(tmp_path: Path, child: str) -> None:
     program = Program(tmp_path, environment={"COFFRET_PASSPHRASE": PASSPHRASE})
     words = {
         "sleep": ["--stdin-command", "sleep 60", "--stdin-name", "slow"],
-        "coffret.engine.": [str(tmp_path / "source"), "--limit-upload", "2M"],
+        "coffret.engine.chunkworker": [str(tmp_path / "source"), "--limit-upload", "2M"],
     }
     process = program.start("backup", *words[child])
     secret, seen = PASSPHRASE.encode(), list[Path]()
@@ -61,7 +61,7 @@ def test_nobody_sees_the_passphrase(tmp_path: Path, child: str) -> None:
         while not seen:
             assert process.poll() is None
             places = [Path(f"/proc/{pid}") for pid, _ in below(process.pid)]
-            seen = [place for place in places if child.encode() in (place / "cmdline").read_bytes()]
+            seen = [place for place in places if child.encode() in (place / "cmdline").read_bytes().split(b"\0")]
         for place in (Path(f"/proc/{process.pid}"), *seen):
             assert secret not in (place / "cmdline").read_bytes()
         assert not [place for place in seen if secret in (place / "environ").read_bytes()]
