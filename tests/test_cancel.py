@@ -180,7 +180,7 @@ def test_restore(home: Path) -> None:
     source, target = home / "source", home / "target"
     program("backup", source)
     expected, hits = contents(source), []
-    words = ["restore", "latest", "--no-owner", "--limit-download", "3M", "--to", target]
+    words: list[str | Path] = ["restore", "latest", "--no-owner", "--limit-download", "3M", "--to", target]
     for number, after_s in moments("restore", 4, 1.2):
         shutil.rmtree(target, ignore_errors=True)
         hits.append(expect(*interrupt(program, number, after_s, *words)))

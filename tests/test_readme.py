@@ -154,9 +154,9 @@ def test_files_that_are_named() -> None:
         )
         missing = [name for name in named[str(document)] if not (ROOT / name).exists() and "mine" not in name]
         assert document.name == "CHANGELOG.md" or not missing, document
-    for document in ("docs/architecture.md", "CONTRIBUTING.md"):
+    for name in ("docs/architecture.md", "CONTRIBUTING.md"):
         compiled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "engine").rglob("*.pyx")}
-        assert compiled <= named[document], document
+        assert compiled <= named[name], name
     parts = {
         path.relative_to(ROOT).as_posix()
         for stem in ("restore_*", "check_*")
