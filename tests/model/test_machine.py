@@ -7,8 +7,17 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tests.model.rules import Rule
 from tests.model.scheduler import LOST
 from tests.model.world import ROLES, Actor, World
 
@@ -24,9 +33,11 @@ seeds = st.integers(0, 2**32 - 1)
 class Repository(RuleBasedStateMachine):
     """A repository and its actors; whoever is not stepped is paused."""
 
+    left_out: frozenset[Rule] = frozenset()
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(Random(0))
+        self.world = World(Random(0), self.left_out)
 
     @property
     def actors(self) -> list[Actor]:
@@ -34,7 +45,7 @@ class Repository(RuleBasedStateMachine):
 
     @initialize(seed=seeds)
     def begin(self, seed: int) -> None:
-        self.world = World(Random(seed))
+        self.world = World(Random(seed), self.left_out)
 
     @precondition(lambda self: len(self.actors) < 6)
     @rule(role=st.sampled_from(sorted(ROLES)), seed=seeds)
@@ -95,3 +106,15 @@ TestRepository.settings = settings(
     derandomize=SCALE == 1,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+@pytest.mark.parametrize("without", [Rule.COPY, Rule.WAIT, Rule.ADOPT], ids=lambda rule: rule.name.lower())
+def test_the_machine_finds_what_a_rule_is_for(without: Rule) -> None:
+    """The positive control: with one of the rules left out it does come to a loss."""
+
+    class Without(Repository):
+        left_out = frozenset([without])
+
+    found = settings(TestRepository.settings, max_examples=20 * EXAMPLES, derandomize=True, phases=[Phase.generate])
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Without, settings=found)
