@@ -104,9 +104,11 @@ class Files:
     async def _open(self, name: str, mode: str) -> asyncssh.SFTPClientFile:
         import asyncssh
 
-        # Without a block size, one call is one request.
-        opening = self._sftp.open(self.path(name), mode, asyncssh.SFTPAttrs(permissions=0o600), block_size=0)
-        return cast("asyncssh.SFTPClientFile", await self.session.ask(_awaited(opening)))
+        async def opening() -> object:  # which begins nothing that is not awaited, should the connection be lost
+            # Without a block size, one call is one request.
+            return await self._sftp.open(self.path(name), mode, asyncssh.SFTPAttrs(permissions=0o600), block_size=0)
+
+        return cast("asyncssh.SFTPClientFile", await self.session.ask(opening()))
 
     async def _write_at_once(self, file: OpenFile, body: Sequence[Buffer]) -> bool:
         """Send a small object and what makes it durable in one go: a round trip instead of three."""
@@ -348,7 +350,3 @@ def _joined(gathered: list[memoryview]) -> Buffer:
 def _order(entry: asyncssh.SFTPName) -> bytes:
     name = cast("bytes", entry.filename)
     return name + b"/" if entry.attrs.type == FOLDER else name
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable

@@ -231,7 +231,7 @@ def test_nothing_or_something_else_there(tmp_path: Path) -> None:
             run("at", tmp_path / place, *command, codes=(10,))
     for place in ("folder", "folder/file"):
         outcome = run("at", tmp_path / place, "create", "--no-encryption", codes=(10,))
-        assert outcome.stderr.endswith(" (choose a new or an empty folder)\n")
+        assert outcome.stderr.endswith(" (choose a new or an empty place)\n")
     run("at", tmp_path / "folder2", "create", "--no-encryption", codes=(2,))
     assert (tmp_path / "folder" / "file").read_text() == "mine"
     assert sorted(os.listdir(tmp_path / "folder")) == ["file"]

@@ -368,8 +368,8 @@ class TestBuffers:
         assert all(0.3 < each < 3 for each in passed), passed
 
     async def test_a_slow_rate_is_no_stall(self, server: S3Server, bucket: str, connector: S3Connector) -> None:
-        async with server.connector(bucket, stall_s=0.5) as impatient:
-            limited = LimitConnector(impatient, upload=8 << 10)
+        async with server.connector(bucket, stall_s=2.0) as impatient:
+            limited = LimitConnector(impatient, upload=4 << 10)
             await limited.put("index/a", [bytes(20 << 10)])
         assert len(await connector.get("index/a")) == 20 << 10
 
