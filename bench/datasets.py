@@ -47,7 +47,6 @@ _SMALL_ROOTS = [
     "/usr/include",
     "/usr/lib/python3",
     "/usr/lib/node_modules",
-    "/usr/lib/google-cloud-sdk",
     "~/.pyenv/versions/3.12*",
     "~/.pyenv/versions/3.13*",
 ]
