@@ -36,14 +36,13 @@ class Bucket:
         return self._rate is not None
 
     async def take(self, size_bytes: int) -> None:
-        """Wait until it is these bytes' turn."""
+        """Wait as long as a line of this rate takes to move these bytes, after those that were asked for before."""
         if self._rate is None:
             return
         now = anyio.current_time()
-        begin = max(self._taken_until, now - _BURST_S)
-        self._taken_until = begin + size_bytes / self._rate
-        if begin > now:
-            await anyio.sleep(begin - now)
+        self._taken_until = max(self._taken_until, now - _BURST_S) + size_bytes / self._rate
+        if self._taken_until > now:
+            await anyio.sleep(self._taken_until - now)
 
 
 class Pace:

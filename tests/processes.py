@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import subprocess
 
 _PATIENCE_S = 30.0
+_SERVERS = ("versitygw", "sshd", "sftp-server")
 
 
 def slept(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -36,6 +37,11 @@ def below(pid: int) -> list[tuple[int, str]]:
                 found.append((child, start))
                 pending.append(child)
     return found
+
+
+def left_behind() -> list[int]:
+    """What descends from this process, but for the servers that other tests use too."""
+    return [child for child, _ in below(os.getpid()) if not any(name in _command(child) for name in _SERVERS)]
 
 
 def await_end(processes: list[tuple[int, str]]) -> None:

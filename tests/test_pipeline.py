@@ -18,7 +18,7 @@ import anyio
 import pytest
 from tests.fault_harness import ROUNDS, SEED, contents, create, make_source
 from tests.harness import Program
-from tests.processes import below
+from tests.processes import left_behind
 
 from coffret.connectors.errors import ConnectionLost, StorageFull
 from coffret.connectors.faults import FaultyConnector
@@ -233,7 +233,7 @@ async def test_each_put_fails(storage: Storage, tmp_path: Path, lost: bool) -> N
                 if number >= count - 2 and not lost:  # packs were indexed: they are not stored again
                     assert summary.counts.stored_bytes < 1 << 20
             await fresh.verify(source)
-    assert not below(os.getpid())
+    assert not left_behind()
 
 
 async def test_revoked(storage: Storage, source: Path) -> None:

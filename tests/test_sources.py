@@ -559,7 +559,7 @@ class TestStandardInput:
             ("sh -c 'head -c 30000000 /dev/urandom; exit 7'", "exit code 7"),
             ("sh -c 'echo much; kill -9 $$'", "killed by SIGKILL"),
             ("/no/such/command", "No such file or directory"),
-            ("unfinished 'quote", "No closing quotation"),
+            ("unfinished 'quote", "no command line"),
             ("", "command"),
         ],
     )

@@ -12,7 +12,7 @@ import anyio
 import pytest
 from tests.fault_harness import objects
 from tests.harness import Program, repository
-from tests.processes import await_end, below
+from tests.processes import await_end, below, left_behind
 
 from coffret.engine import stream
 from coffret.engine.errors import SourceError, reported
@@ -113,7 +113,7 @@ async def test_what_a_command_started_keeps_its_output_open(tmp_path: Path, monk
         # One that is slow, and not at its end, is waited for.
         made = await opened.backup(StreamSource(b"x", "sh -c 'for n in 1 2 3; do sleep 0.2; echo $n; done'"))
         assert made.counts.size_bytes == 6
-    assert not below(os.getpid())
+    assert not left_behind()
 
 
 def test_standard_input_that_does_not_block(program: Program) -> None:

@@ -15,7 +15,7 @@ import anyio
 import pytest
 from tests.fault_harness import make_source
 from tests.harness import Program, repository
-from tests.processes import below
+from tests.processes import left_behind
 
 from coffret.connectors.errors import StorageFull
 from coffret.connectors.local import LocalConnector
@@ -50,7 +50,7 @@ async def failure_of(workers: WorkerPool) -> WorkerDied:
             await anyio.sleep_forever()
     known = reported(raised.value)
     assert isinstance(known, WorkerDied), raised.value
-    assert not below(os.getpid())
+    assert not left_behind()
     return known
 
 
