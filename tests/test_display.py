@@ -178,9 +178,10 @@ def test_narrow(tmp_path: Path, columns: int) -> None:
     program("create", "--no-encryption")
     deep = tmp_path / "/".join(["directory"] * 12)
     deep.mkdir(parents=True)
-    with (deep / "large").open("wb") as file:
-        file.truncate(3 << 30)
-    backup = terminal.start(program, "backup", tmp_path / "directory")
+    with (deep / "large").open("wb") as file:  # more than fits in memory on its way to a slow storage
+        for _ in range(300):
+            file.write(os.urandom(1 << 20))
+    backup = terminal.start(program, "backup", "--workers", "1", "--limit-upload", "4M", tmp_path / "directory")
     backup.expect("/directory/large")
     backup.press("\x03")
     assert backup.end() == 130
