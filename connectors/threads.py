@@ -15,6 +15,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+async def outlast(future: asyncio.Future[T]) -> T:
+    """The result of a future, only when it is there, however the task is cancelled meanwhile.
+
+    :raises asyncio.CancelledError: then, if it was, whatever the result
+    """
+    cancelled: asyncio.CancelledError | None = None
+    # The shield keeps anyio from delivering a cancellation over and over while a thread is at work.
+    with CancelScope(shield=True):
+        while not future.done():
+            try:
+                await asyncio.wait((future,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        future.exception()  # marks it as seen: the cancellation is what the caller learns of
+        raise cancelled
+    return future.result()
+
+
 class Threads:
     """At most `limit` blocking calls at a time, each of which is over when `run` returns or raises.
 
@@ -30,19 +49,7 @@ class Threads:
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `call` returns, or raise what it raises."""
         async with self._limiter:
-            # The shield keeps anyio from delivering a cancellation over and over while the thread is at work.
-            with CancelScope(shield=True):
-                future = asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
-                cancelled: asyncio.CancelledError | None = None
-                while not future.done():
-                    try:
-                        await asyncio.wait((future,))
-                    except asyncio.CancelledError as error:
-                        cancelled = error
-            if cancelled is not None:
-                future.exception()  # marks it as seen: the cancellation is what the caller learns of
-                raise cancelled
-            return future.result()
+            return await outlast(asyncio.wrap_future(self._pool.submit(call, *args, **kwargs)))
 
     def close(self) -> None:
         """End the threads; no call may be under way."""

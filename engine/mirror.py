@@ -24,6 +24,7 @@ import anyio
 import anyio.to_thread
 from blake3 import blake3
 
+from coffret.connectors.threads import outlast
 from coffret.engine.mirror_store import MirrorBusy, Store, reported
 from coffret.engine.mirror_view import Location, Sifted, View
 
@@ -283,19 +284,8 @@ class Mirror:
         `anyio.to_thread` waits when an anyio scope is cancelled, but not when a task is (`asyncio.timeout`,
         `Task.cancel`): then a step would still be at work when its generator is closed, or the next change begins.
         """
-        with anyio.CancelScope(shield=True):
-            step = anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._files.change_thread)
-            future = asyncio.ensure_future(step)
-            cancelled: asyncio.CancelledError | None = None
-            while not future.done():
-                try:
-                    await asyncio.wait((future,))
-                except asyncio.CancelledError as error:
-                    cancelled = error
-        if cancelled is not None:
-            future.exception()  # marks it as seen: the cancellation is what the caller learns of
-            raise cancelled
-        return future.result()
+        step = anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._files.change_thread)
+        return await outlast(asyncio.ensure_future(step))
 
 
 def _advance(steps: Generator[None, None, _T]) -> tuple[_T] | None:

@@ -162,15 +162,6 @@ class Store:
                     (self.folder / info.file_name).unlink(missing_ok=True)
                 os.close(lock)
 
-    def wipe(self) -> Generator[None, None, None]:
-        """Forget everything: a new epoch begins."""
-        with reported(self.folder):
-            lock = yield from self._lock()
-            try:
-                self._publish(self._empty(), set())
-            finally:
-                os.close(lock)
-
     def doubt(self) -> Generator[None, None, None]:
         """What was known to be sound may not be."""
         with reported(self.folder):
