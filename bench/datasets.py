@@ -40,6 +40,8 @@ _BIG_ROOTS = [Path("/usr/lib"), Path("/usr/share")]
 
 _SMALL_GOAL = Tally(files=75_000, directories=15_000, size_bytes=2_000_000_000)
 _SMALL_MAX_BYTES = 2_300_000_000
+# By how much of the goal files and directories may be ahead of the bytes.
+_SMALL_SLACK = 0.05
 _SMALL_ROOTS = [
     "~/.cargo/registry/src",
     "~/go/pkg/mod",
@@ -202,9 +204,21 @@ def _build_small(tree: Path, scale: float, seed: str, real: bool) -> Tally:
     for unit in units(roots, seed, max(20, int(_UNIT_FILES * scale))):
         if copier.tally.reached(goal) or copier.tally.size_bytes > _SMALL_MAX_BYTES * scale:
             break
-        copier.copy(unit)
+        if _in_proportion(copier.tally, unit.tally(), goal):
+            copier.copy(unit)
     copier.generate(goal, seed)
     return copier.tally
+
+
+def _in_proportion(done: Tally, more: Tally, goal: Tally) -> bool:
+    """Whether there would not be more files and directories to the byte than in the goal; a little slack is given.
+
+    Without this the mean size of a file would be that of whatever happens to be installed.
+    """
+    share = (done.size_bytes + more.size_bytes) / goal.size_bytes + _SMALL_SLACK
+    return done.files + more.files <= goal.files * share and done.directories + more.directories <= (
+        goal.directories * share
+    )
 
 
 def _matching(pattern: str) -> list[Path]:

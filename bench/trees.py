@@ -39,6 +39,18 @@ class Unit:
                 subdirectories.clear()
             yield Path(directory), sorted(names + links)
 
+    def tally(self) -> Tally:
+        """What a copy of it would hold; nothing is read, so it can't say how many bytes are unique."""
+        found = Tally()
+        for directory, names in self.walk():
+            found.directories += 1
+            for name in names:
+                status = (directory / name).lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_size <= _COPY_MAX_BYTES:
+                    found.files += 1
+                    found.size_bytes += status.st_size
+        return found
+
 
 def units(roots: Sequence[Path], seed: str, most_files: int) -> list[Unit]:
     """Cut trees into subtrees of at most `most_files` files, shuffled by the seed."""
