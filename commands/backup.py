@@ -65,7 +65,7 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
 
         source = StreamSource.asked_for(paths, name=given["stdin_name"], command=given["stdin_command"])
         roots = [os.fsencode(path) for path in paths] or [b"."]
-        async with session.repository(writing=not given["dry_run"]) as repository:
+        async with session.repository("coffret.engine.ops.backup", writing=not given["dry_run"]) as repository:
             options = _options(session, given, filters)
             summary = await repository.backup(source or roots, options, display.progress)
         return _report(session, summary, dry_run=given["dry_run"])
