@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 # What has to be built or installed anew when it changes; Python files take effect as they are.
-BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx) .pkg/coffret/__init__.py
+BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help venv demo test lint types bench clean

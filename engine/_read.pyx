@@ -11,23 +11,13 @@ functions; most of both is the kernel's.
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EINTR, ENOSYS, EPERM, errno
+from libc.errno cimport EINTR, EPERM, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 import os
 
-cdef extern from *:
-    """
-    #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE
-    #endif
-    #include <sys/syscall.h>
-    #ifndef SYS_openat2  /* since Linux 5.6, the same on all architectures */
-    #define SYS_openat2 437
-    #endif
-    """
-    enum: SYS_openat2
+include "_open.pxi"
 
 cdef extern from "<sys/stat.h>" nogil:
     struct timespec:
@@ -41,8 +31,7 @@ cdef extern from "<sys/stat.h>" nogil:
     int fstat(int fd, c_stat* status)
 
 cdef extern from "<fcntl.h>" nogil:
-    enum: AT_FDCWD, O_RDONLY, O_NOFOLLOW, O_NONBLOCK, O_CLOEXEC, O_NOATIME, POSIX_FADV_DONTNEED
-    int openat(int folder, const char* path, int flags)
+    enum: POSIX_FADV_DONTNEED
     int posix_fadvise(int fd, int64_t offset, int64_t length, int advice)
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -61,22 +50,13 @@ cdef extern from "<sys/vfs.h>" nogil:
     int statfs(const char* path, c_statfs* found)
 
 cdef extern from "<unistd.h>" nogil:
-    long syscall(long number, ...)
     ssize_t pread(int fd, void* buffer, size_t count, int64_t offset)
-    int c_close "close"(int fd)
 
 cdef enum:
     S_IFMT = 0o170000
     S_IFREG = 0o100000
     # What the kernel copies in one system call, with next to no time between the first byte and the last.
     AT_ONCE_BYTES = 128 << 10
-    RESOLVE_NO_SYMLINKS = 0x04
-
-# As openat2(2) takes it.
-cdef struct How:
-    uint64_t flags, mode, resolve
-
-cdef bint lacks_openat2 = False
 
 cdef int64_t FAR_S = 9_000_000_000
 
@@ -202,21 +182,6 @@ cdef int64_t read_whole(int fd, char* buffer, int64_t size, bint* at_once) noexc
         got += count
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED)
     return got
-
-
-cdef int open_unlinked(int folder, const char* path, int flags) noexcept nogil:
-    """openat(2), with an error (ELOOP) where any component of the path is a link."""
-    global lacks_openat2
-    cdef How how
-    cdef int fd
-    if not lacks_openat2:
-        how.flags, how.mode, how.resolve = <uint32_t>flags, 0, RESOLVE_NO_SYMLINKS
-        fd = <int>syscall(SYS_openat2, folder, path, &how, sizeof(how))
-        if fd >= 0 or not (errno == ENOSYS or (errno == EPERM and not flags & O_NOATIME)):
-            return fd
-        # An old kernel; or one that does not tell it from what is forbidden (seccomp).
-        lacks_openat2 = errno == ENOSYS
-    return openat(folder, path, flags)
 
 
 def open_real(bytes path not None, int flags, int folder=AT_FDCWD):

@@ -6,12 +6,7 @@ Compiled, and a whole directory is read without the GIL: on a million entries an
 file) is left to the subclass.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from libc.errno cimport ENOMEM, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, qsort, realloc
-from libc.string cimport memcmp, memcpy, strlen
 
 import os
 
@@ -20,30 +15,7 @@ from xxhash import xxh3_64_intdigest
 from coffret.engine import settings
 from coffret.engine.messages import Read
 
-cdef extern from "<fcntl.h>" nogil:
-    enum: AT_SYMLINK_NOFOLLOW
-
-cdef extern from "<dirent.h>" nogil:
-    struct dirent64:  # as getdents64(2) fills them in, of d_reclen bytes each
-        unsigned short d_reclen
-        char d_name[1]
-
-cdef extern from "<unistd.h>" nogil:
-    long syscall(long number, ...)
-
-cdef extern from "<sys/syscall.h>" nogil:
-    enum: SYS_getdents64
-
-cdef extern from "<sys/stat.h>" nogil:
-    struct timespec:
-        int64_t tv_sec
-        int64_t tv_nsec
-    struct c_stat "stat":
-        uint32_t st_mode, st_uid, st_gid
-        uint64_t st_ino, st_dev, st_rdev, st_nlink
-        int64_t st_size
-        timespec st_mtim, st_ctim
-    int fstatat(int fd, const char* path, c_stat* status, int flags)
+include "_listing.pxi"
 
 cdef extern from "Python.h":
     uint64_t PyLong_AsUnsignedLongLongMask(object number) except? 0xFFFFFFFFFFFFFFFF
@@ -53,17 +25,6 @@ cdef enum:
     S_IFREG = 0o100000
     S_IFDIR = 0o040000
     S_IFLNK = 0o120000
-
-cdef struct Node:
-    size_t offset  # of its name in `Directory.names`, without a NUL
-    size_t length
-    const char* name  # set when all names are there
-    int error  # errno of its lstat
-    uint32_t mode, uid, gid
-    int64_t size
-    int64_t mtime_s, ctime_s
-    uint32_t mtime_rest_ns, ctime_rest_ns
-    uint64_t inode, device, rdev, nlink
 
 # From 1684 to 2255 nanoseconds fit 64 bits.
 cdef int64_t FAR_S = 9_000_000_000
@@ -98,129 +59,6 @@ def entry_weight(bytes name not None, int64_t size, uint32_t mode):
     measure them.
     """
     return weight_of(PyBytes_GET_SIZE(name), size, mode)
-
-
-cdef int by_name(const void* left, const void* right) noexcept nogil:
-    cdef const Node* a = <const Node*>left
-    cdef const Node* b = <const Node*>right
-    cdef int order = memcmp(a.name, b.name, min(a.length, b.length))
-    if order == 0:
-        order = (a.length > b.length) - (a.length < b.length)
-    return order if order else (a.offset > b.offset) - (a.offset < b.offset)
-
-
-cdef bint same_name(const Node* left, const Node* right) noexcept nogil:
-    return left.length == right.length and memcmp(left.name, right.name, left.length) == 0
-
-
-cdef class Directory:
-    """What a directory holds, as lstat(2) shows it, in the order of names."""
-
-    cdef Node* nodes
-    cdef char* names
-    cdef size_t count, sorted, room, used, names_room  # `sorted`: `count` when it was sorted last
-
-    def __dealloc__(self):
-        free(self.nodes)
-        free(self.names)
-
-    def __len__(self):
-        return self.count
-
-    def read(self, int fd):
-        """Take up all that lies in the directory open at `fd`, from where it was read up to.
-
-        :raises OSError: if it can't be listed; what can't be looked at is told by `EntryLoop`
-        """
-        cdef int error
-        with nogil:
-            error = self.take_all(fd)
-        if error:
-            raise OSError(error, os.strerror(error))
-
-    def put(self, bytes name not None, status):
-        """Add an entry of which an `os.stat_result` is known; it takes the place of one of this name."""
-        cdef Node* node = self.add(PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
-        if node == NULL:
-            raise MemoryError
-        node.error = 0
-        node.mode, node.uid, node.gid, node.size = status.st_mode, status.st_uid, status.st_gid, status.st_size
-        node.mtime_s, node.mtime_rest_ns = divmod(status.st_mtime_ns, 1_000_000_000)
-        node.ctime_s, node.ctime_rest_ns = divmod(status.st_ctime_ns, 1_000_000_000)
-        node.inode, node.device, node.rdev, node.nlink = status.st_ino, status.st_dev, status.st_rdev, status.st_nlink
-
-    def list_names(self):
-        """The names, in order."""
-        self.sort()
-        return [PyBytes_FromStringAndSize(self.nodes[at].name, self.nodes[at].length) for at in range(self.count)]
-
-    cdef int take_all(self, int fd) noexcept nogil:
-        """Not by readdir(3), which costs two system calls and a buffer of its own for each directory."""
-        cdef char buffer[32768]
-        cdef dirent64* found
-        cdef c_stat status
-        cdef Node* node
-        cdef const char* name
-        cdef long got, at
-        while True:
-            got = syscall(SYS_getdents64, fd, buffer, sizeof(buffer))
-            if got <= 0:
-                return errno if got else 0
-            at = 0
-            while at < got:
-                found = <dirent64*>(buffer + at)
-                at += found.d_reclen
-                name = found.d_name
-                if name[0] == b"." and (name[1] == 0 or (name[1] == b"." and name[2] == 0)):
-                    continue
-                node = self.add(name, strlen(name))
-                if node == NULL:
-                    return ENOMEM
-                node.error = 0
-                if fstatat(fd, name, &status, AT_SYMLINK_NOFOLLOW) != 0:
-                    node.error = errno
-                    continue
-                node.mode, node.uid, node.gid, node.size = status.st_mode, status.st_uid, status.st_gid, status.st_size
-                node.mtime_s, node.mtime_rest_ns = status.st_mtim.tv_sec, <uint32_t>status.st_mtim.tv_nsec
-                node.ctime_s, node.ctime_rest_ns = status.st_ctim.tv_sec, <uint32_t>status.st_ctim.tv_nsec
-                node.inode, node.device = status.st_ino, status.st_dev
-                node.rdev, node.nlink = status.st_rdev, status.st_nlink
-
-    cdef Node* add(self, const char* name, size_t length) noexcept nogil:
-        """Room for an entry; NULL if there is no memory."""
-        cdef void* grown
-        if self.count == self.room:
-            self.room = max(64, 2 * self.room)
-            grown = realloc(self.nodes, self.room * sizeof(Node))
-            if grown == NULL:
-                return NULL
-            self.nodes = <Node*>grown
-        if self.used + length > self.names_room:
-            self.names_room = max(2048, 2 * (self.used + length))
-            grown = realloc(self.names, self.names_room)
-            if grown == NULL:
-                return NULL
-            self.names = <char*>grown
-        cdef Node* node = &self.nodes[self.count]
-        memcpy(self.names + self.used, name, length)
-        node.offset, node.length = self.used, length
-        self.used += length
-        self.count += 1
-        return node
-
-    cdef void sort(self) noexcept nogil:
-        """Bring the names into order; of those that came several times the last is kept."""
-        cdef size_t at, kept = 0
-        if self.sorted == self.count:
-            return
-        for at in range(self.count):
-            self.nodes[at].name = self.names + self.nodes[at].offset
-        qsort(self.nodes, self.count, sizeof(Node), by_name)
-        for at in range(self.count):
-            if at + 1 == self.count or not same_name(&self.nodes[at], &self.nodes[at + 1]):
-                self.nodes[kept] = self.nodes[at]
-                kept += 1
-        self.sorted = self.count = kept
 
 
 cdef inline uint64_t low_bits(int64_t seconds, uint32_t rest_ns) noexcept nogil:
@@ -300,10 +138,11 @@ cdef class EntryLoop:
         cdef int64_t files = page.files, directories = page.directories, new = page.new, changed = page.changed
         cdef int64_t missing = page.missing
         cdef int64_t new_directories = page.new_directories, changed_directories = page.changed_directories
-        found.sort()
+        cdef Listing* listing = &found.listing
+        sort_listing(listing)
         runs = iter(runs)
-        for at in range(found.count):
-            node = &found.nodes[at]
+        for at in range(listing.count):
+            node = &listing.nodes[at]
             name = PyBytes_FromStringAndSize(node.name, node.length)
             if node.error:
                 self.fault(real + name, os.strerror(node.error))
@@ -387,7 +226,7 @@ cdef class EntryLoop:
                 mtime_ns = nanoseconds(node.mtime_s, node.mtime_rest_ns)
                 ctime_ns = nanoseconds(node.ctime_s, node.ctime_rest_ns)
                 fields = (node.mode, node.uid, node.gid, 0, mtime_ns, ctime_ns, node.inode, node.device, node.nlink)
-                entries.append(self.node(name, prefix + name, real + name, fields, node.rdev))
+                entries.append(self.node(name, prefix + name, real + name, fields, node.rdev, listing.read_ns))
             if old is None:
                 new += 1
                 new_directories += is_directory

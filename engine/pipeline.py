@@ -165,6 +165,8 @@ class Pipeline:
                             await outbox.send(page)
                 except Stopped:  # the consequence of being cancelled, not a cause
                     await anyio.sleep_forever()
+                finally:
+                    scanner.close()
             group.cancel_scope.cancel()
         self._progress.files_total, self._progress.size_total = scanner.files, scanner.size_bytes
 

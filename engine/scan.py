@@ -6,14 +6,15 @@ the places of files that are to be read still empty; the stages after it fill th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import threading
 from dataclasses import dataclass
-from time import time_ns
 from typing import TYPE_CHECKING
 
 from coffret.engine._read import file_system_type
-from coffret.engine._scan import Directory, EntryLoop
+from coffret.engine._scan import Directory, EntryLoop, ReadAhead
 from coffret.engine.catalog import join_path, section_weight
 from coffret.engine.chunkworker import PATH_MAX, PSEUDO, open_path, open_unlinked, read_xattrs
 from coffret.engine.entries import make_entry, make_extra
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from coffret.engine.filters import Filters, FilterScope
     from coffret.engine.records import Entry
 
-# Longest path given to a system call in one piece; a name of 255 bytes still fits behind it.
+# Paths shorter than this are given to system calls in one piece; a name of 255 bytes still fits behind them.
 _LONG = 3800
+# With fewer directories to go to a thread of its own for reading them is not worth starting (70 µs).
+_MANY = 8
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -119,7 +122,8 @@ class Roots:
 class Scanner(EntryLoop):
     """Walks roots and yields pages. `store` takes large attributes; `fault` gets (path, reason).
 
-    All in one thread, which may be another at each step. What is done for every entry is in `EntryLoop`.
+    All in one thread, which may be another at each step; another reads directories ahead until the walk is over or
+    `close` is called. What is done for every entry is in `EntryLoop`.
     """
 
     def __init__(
@@ -135,7 +139,9 @@ class Scanner(EntryLoop):
         super().__init__(ScanPage(0, 1), cutter, options)
         self._roots, self._options, self._parent = roots, options, parent
         self._store, self.fault = store, fault
-        self._stack: list[tuple[bytes, FilterScope | None, int]] = []
+        # The directories to go to, the next one last: what is known of each, and beside it what lies there.
+        self._stack: list[tuple[bytes, bytes, FilterScope | None, int]] = []
+        self._ahead, self._served = ReadAhead(), False
         self._pages = self._walk()
 
     def next(self, count: int) -> list[ScanPage]:
@@ -147,29 +153,49 @@ class Scanner(EntryLoop):
                 break
         return pages
 
+    def close(self) -> None:
+        """Read no further ahead: the walk is over, or given up. It may be called again, in any thread."""
+        self._ahead.close()
+
     def _walk(self) -> Iterator[ScanPage]:
-        self._stack.append((b"", None, os.stat(b"/").st_dev))
+        self._push([(b"", None, os.stat(b"/").st_dev)])
         while self._stack:
             yield from self._directory(*self._stack.pop())
+        self.close()
         if self.page.count:
             self.page.seal()
             yield self.page
 
-    def _directory(self, directory: bytes, scope: FilterScope | None, device: int) -> Iterator[ScanPage]:
+    def _push(self, deeper: Sequence[tuple[bytes, FilterScope | None, int]]) -> None:
+        """Go to these directories next, in this order."""
+        following: list[tuple[bytes, bytes, FilterScope | None, int]] = []
+        found = []
+        for directory, scope, device in deeper:
+            origin = self._roots.real_path(directory)
+            following.append((directory, origin, scope, device))
+            plain = directory not in self._roots.ancestors and max(len(origin), 1 + len(directory)) < _LONG
+            found.append(Directory(origin) if plain else Directory())
+        following.reverse()
+        self._stack += following
+        self._ahead.push(found)
+        if not self._served and len(self._stack) >= _MANY:
+            self._served = True
+            with contextlib.suppress(RuntimeError):  # no further thread can be started
+                threading.Thread(target=self._ahead.serve, name="read ahead", daemon=True).start()
+
+    def _directory(self, directory: bytes, origin: bytes, scope: FilterScope | None, device: int) -> Iterator[ScanPage]:
         """Add a directory's entries, in order, to the current page and those after it."""
-        roots, path, found = self._roots, b"/" + directory, Directory()
+        roots, path = self._roots, b"/" + directory
         on_the_way = directory in roots.ancestors
-        origin = roots.real_path(directory)
         handle = -1
         try:
-            if not on_the_way:
-                # A directory that has become a link since it was seen is not followed, nor one above it that has.
-                handle = open_unlinked(origin, _LIST)
-                found.read(handle)
-            elif len(path) > _LONG:
-                handle = open_path(path, _PASS)
-            if len(path) > _LONG:
-                path = b"/proc/self/fd/%d" % handle
+            found = self._ahead.pop()
+            if max(len(origin), len(path)) >= _LONG:
+                handle = open_path(path, _PASS) if on_the_way else open_unlinked(origin, _LIST)
+                if not on_the_way:
+                    found.read(handle)
+                if len(path) >= _LONG:
+                    path = b"/proc/self/fd/%d" % handle
             prefix = path if path.endswith(b"/") else path + b"/"
             self._follow_typed(directory, prefix, found)
             filters = self._options.filters
@@ -191,7 +217,7 @@ class Scanner(EntryLoop):
                 section_weight(directory),
                 deeper,
             )
-            self._stack += reversed(deeper)
+            self._push(deeper)
         except OSError as error:
             self.fault(b"/" + directory, error.strerror or str(error))
         finally:
@@ -233,9 +259,11 @@ class Scanner(EntryLoop):
         """Where to read a file: what a typed link leads to, else where it lies."""
         return os.path.realpath(real) if real[1:] in self._roots.names else origin
 
-    def node(self, name: bytes, path: bytes, real: bytes, fields: tuple[int, ...], device: int) -> Entry | None:
+    def node(
+        self, name: bytes, path: bytes, real: bytes, fields: tuple[int, ...], device: int, read_ns: int
+    ) -> Entry | None:
         """The entry of what is no regular file, from `chunkworker.STAT_FIELDS`; `device`: what a device node means."""
-        read_ns, mode = time_ns(), fields[0]
+        mode = fields[0]
         try:
             target = os.readlink(path) if stat.S_ISLNK(mode) else b""
         except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coffret.engine._read import FIELDS_FORMAT, SmallReader
-from coffret.engine._scan import Directory
+from coffret.engine._scan import Directory, ReadAhead
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 KIB = 1 << 10
@@ -63,6 +65,91 @@ class TestDirectory:
         with pytest.raises(NotADirectoryError):
             Directory().read(fd)
         os.close(fd)
+
+
+@contextmanager
+def served(served: bool = True) -> Iterator[ReadAhead]:
+    """A stack of directories with the thread that reads ahead, or without; the thread ends with it."""
+    ahead = ReadAhead()
+    thread = threading.Thread(target=ahead.serve)
+    if served:
+        thread.start()
+    try:
+        yield ahead
+    finally:
+        ahead.close()
+        if served:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("with_thread", [True, False])
+class TestReadAhead:
+    @given(st.data())
+    def test_a_walk_sees_the_whole_tree(
+        self, tmp_path_factory: pytest.TempPathFactory, with_thread: bool, data: st.DataObject
+    ) -> None:
+        root = tmp_path_factory.mktemp("tree")
+        folders = [root]
+        for number in range(data.draw(st.integers(0, 60))):
+            folder = data.draw(st.sampled_from(folders)) / f"{number}"
+            folder.mkdir()
+            folders.append(folder)
+        seen, paths = set(), [os.fsencode(root)]
+        with served(with_thread) as ahead:
+            ahead.push([Directory(paths[0])])
+            while ahead:
+                path, names = paths.pop(), ahead.pop().list_names()
+                assert names == sorted(os.listdir(path))
+                seen.add(path)
+                below = [path + b"/" + name for name in names]
+                ahead.push([Directory(each) for each in below])
+                paths += reversed(below)
+        assert seen == {os.fsencode(folder) for folder in folders}
+
+    def test_the_first_pushed_comes_next(self, tmp_path: Path, with_thread: bool) -> None:
+        for name in "abcdefgh":
+            (tmp_path / name / f"in {name}").mkdir(parents=True)
+        with served(with_thread) as ahead:
+            ahead.push([Directory(os.fsencode(tmp_path / name)) for name in "gh"])
+            ahead.push([Directory(os.fsencode(tmp_path / name)) for name in "abcdef"])
+            assert [ahead.pop().list_names() for _ in range(8)] == [[b"in %c" % name] for name in b"abcdefgh"]
+            with pytest.raises(IndexError):
+                ahead.pop()
+
+    def test_one_that_can_not_be_read_is_an_error_of_its_own(self, tmp_path: Path, with_thread: bool) -> None:
+        (tmp_path / "link").symlink_to("/")
+        (tmp_path / "file").touch()
+        expected = {"gone": FileNotFoundError, "link": OSError, "file": NotADirectoryError, "link/tmp": OSError}
+        with served(with_thread) as ahead:
+            ahead.push([Directory(os.fsencode(tmp_path / name)) for name in (*expected, ".")])
+            for error in expected.values():
+                with pytest.raises(error):
+                    ahead.pop()
+            assert ahead.pop().list_names() == [b"file", b"link"]
+
+    def test_large_ones_and_what_is_put_into_them(self, tmp_path: Path, with_thread: bool) -> None:
+        """More than is held at a time, and one that holds more than is read ahead."""
+        counts = [3000] * 7 + [9000] + [10] * 70
+        paths = [tmp_path / f"{number:02}" for number in range(len(counts))]
+        for path, count in zip(paths, counts, strict=True):
+            path.mkdir()
+            for number in range(count):
+                os.symlink("x", path / f"{number}")
+        with served(with_thread) as ahead:
+            ahead.push([Directory(os.fsencode(path)) for path in paths])
+            for count in counts:
+                found = ahead.pop()
+                assert len(found) == count
+                found.put(b"~", os.stat(tmp_path))
+                found.put(b"5", os.stat(tmp_path))
+                assert found.list_names() == [*sorted([b"%d" % number for number in range(count)]), b"~"]
+
+    def test_closed_it_still_gives_what_is_asked_for(self, tmp_path: Path, with_thread: bool) -> None:
+        with served(with_thread) as ahead:
+            ahead.close()
+            ahead.push([Directory(os.fsencode(tmp_path)) for _ in range(20)])
+            assert ahead.pop().list_names() == []
 
 
 class TestSmallReader:
