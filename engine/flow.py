@@ -116,6 +116,13 @@ class Channel(Generic[T]):
                     raise anyio.EndOfStream
                 await self._readable.wait()
             self.statistics.receiver_wait_s += perf_counter() - begin
+        return self._take()
+
+    def receive_more(self, most: int) -> list[T]:
+        """Take what is there already, up to `most` items, without waiting."""
+        return [self._take() for _ in range(min(most, len(self._queue)))]
+
+    def _take(self) -> T:
         item, size = self._queue.popleft()
         self._bytes -= size
         # The room may be enough for several waiting senders; each looks for itself.

@@ -36,7 +36,7 @@ class Body:
 
 
 class Packer:
-    """The open packs of a backup: one of data, one of catalog chunks. `place` runs in threads, the rest on the loop."""
+    """The open packs of a backup: one of data, one of catalog chunks. `seal` runs in threads, the rest on the loop."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Packer:
         self._local = threading.local()
         self.stored_bytes = 0
 
-    def compress(self, block: RawBlock) -> Body:
+    def _compress(self, block: RawBlock) -> Body:
         """Join and compress a block; one that does not shrink stays as it is."""
         data = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
         if self._level is None:
@@ -69,7 +69,7 @@ class Packer:
         packed = self._local.zstd.compress(data)
         return Body(block, packed, ZSTD) if len(packed) < len(data) else Body(block, data, RAW)
 
-    def place(self, body: Body) -> tuple[bool, PackBuilder | None]:
+    def _place(self, body: Body) -> tuple[bool, PackBuilder | None]:
         """Seal a block into its open pack: (whether it fitted, the pack if this was the last it waited for)."""
         block = body.block
         with self._lock:
@@ -84,10 +84,22 @@ class Packer:
             builder.sealing -= 1
             return True, builder if builder.full and not builder.sealing else None
 
-    def compress_and_place(self, block: RawBlock) -> tuple[Body, bool, PackBuilder | None]:
-        """Both in one step, since most blocks fit."""
-        body = self.compress(block)
-        return body, *self.place(body)
+    def seal(self, blocks: list[RawBlock], body: Body | None) -> tuple[int, Body | None, list[PackBuilder]]:
+        """Compress blocks and seal them into their open packs, up to one for which there is no room.
+
+        Returns how many are sealed, the body of that one, to be given again when there is room, and the packs that
+        waited for one of these last.
+        """
+        full: list[PackBuilder] = []
+        for count, block in enumerate(blocks):
+            body = body or self._compress(block)
+            placed, pack = self._place(body)
+            if not placed:
+                return count, body, full
+            body = None
+            if pack is not None:
+                full.append(pack)
+        return len(blocks), None, full
 
     async def make_room(self, body: Body) -> None:
         """Open another pack in place of the one a block did not fit in."""

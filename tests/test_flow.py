@@ -206,6 +206,28 @@ class TestChannel:
             await settle()
             assert sorted(sent) == [30, 31, 32]
 
+    async def test_more_is_what_is_there(self) -> None:
+        """Taken without waiting; those who wait for the room get it."""
+        pipe = channel(max_items=3)
+        outlet, sent = pipe.sender(), list[int]()
+
+        async def produce(item: int) -> None:
+            await outlet.send(item)
+            sent.append(item)
+
+        assert pipe.receive_more(5) == []
+        async with anyio.create_task_group() as group:
+            for item in range(5):
+                group.start_soon(produce, item)
+            await settle()
+            assert sent == [0, 1, 2]
+            assert pipe.receive_more(0) == []
+            assert pipe.receive_more(2) == [0, 1]
+            await settle()
+            assert sent == [0, 1, 2, 3, 4]
+            assert pipe.receive_more(9) == [2, 3, 4]
+        assert pipe.idle
+
     async def test_it_ends_when_the_last_sender_is_closed(self) -> None:
         pipe = channel()
         first, second = pipe.sender(), pipe.sender()

@@ -135,13 +135,13 @@ def delay(monkeypatch: pytest.MonkeyPatch, seed: str, longest_s: float) -> None:
     ):
         for name in names:
             slowly(owner, name)
-    place = Packer.place
+    place = Packer._place
 
     def place_late(self: Packer, body: Any) -> Any:
         time.sleep(rng.uniform(0, longest_s))
         return place(self, body)
 
-    monkeypatch.setattr(Packer, "place", place_late)
+    monkeypatch.setattr(Packer, "_place", place_late)
 
     def run_late(*arguments: Any, **options: Any) -> Run:
         run = Run(*arguments, **options)
