@@ -88,8 +88,8 @@ class IndexWriter:
             await anyio.sleep(_LOOK_EVERY_S)
             await self.relieve()
 
-    async def flush(self) -> None:
-        """Publish what has come together, with the locations that are relied on."""
+    async def flush(self, *, last: bool = False) -> None:
+        """Publish what has come together, with the locations that are relied on; `last`: nothing is claimed after it."""
         async with self._turn:
             adopted, tables = self._known.take_adopted(), self._tables
             self._tables, self._chunks, self._bytes, self._last = [], 0, 0, monotonic()
@@ -111,9 +111,10 @@ class IndexWriter:
                 await self._mirror.merge([(name, index)])
             except MirrorBusy:
                 return  # then they are remembered in memory
-            for table in tables:
-                for block in table.blocks:
-                    self._known.indexed(chunk_id for chunk_id, _ in iter_refs(block.refs))
+            if not last:
+                for table in tables:
+                    for block in table.blocks:
+                        self._known.indexed(chunk_id for chunk_id, _ in iter_refs(block.refs))
 
     def _seal(self, name: str, tables: list[PackTable], adopted: Mapping[bytes, Location]) -> tuple[IndexObject, bytes]:
         index = IndexObject(tables + adopted_tables(adopted))

@@ -228,7 +228,7 @@ class _Backup:
             await self._pipeline.run(self._source)
         else:
             await self._pipeline.run(self._scanner(self._pipeline))
-        await index.flush()
+        await index.flush(last=True)
 
     async def salvage(self) -> None:
         """The run ends early: index what is stored already, so that the next one takes it up."""
