@@ -89,7 +89,7 @@ class IndexWriter:
             await self.relieve()
 
     async def flush(self, *, last: bool = False) -> None:
-        """Publish what has come together, with the locations that are relied on; `last`: nothing is claimed after it."""
+        """Publish what has come together, and the locations that are relied on. `last`: nothing is claimed after it."""
         async with self._turn:
             adopted, tables = self._known.take_adopted(), self._tables
             self._tables, self._chunks, self._bytes, self._last = [], 0, 0, monotonic()
