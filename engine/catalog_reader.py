@@ -68,15 +68,29 @@ class Catalog:
         return self._met > 0
 
     async def pages(
-        self, start: Key | None = None, stop: Key | None = None, *, reverse: bool = False
+        self,
+        start: Key | None = None,
+        stop: Key | None = None,
+        *,
+        reverse: bool = False,
+        known: Callable[[PageRef], Key | None] | None = None,
     ) -> AsyncIterator[tuple[PageRef, list[Section]]]:
-        """Iterate over the pages that hold keys (`catalog.key_of`) in [start, stop), as they are stored."""
-        async for page in self._pages(self._walk(start, stop, reverse)):
+        """Iterate over the pages that hold keys (`catalog.key_of`) in [start, stop), as they are stored.
+
+        Pages that are `known`, by the last key they hold, are not read: they come without sections.
+        """
+        async for page in self._pages(self._walk(start, stop, reverse, known)):
             yield page.ref, page.sections
 
-    def _walk(self, start: Key | None, stop: Key | None, reverse: bool) -> PageWalk:
+    def _walk(
+        self,
+        start: Key | None,
+        stop: Key | None,
+        reverse: bool,
+        known: Callable[[PageRef], Key | None] | None = None,
+    ) -> PageWalk:
         lost = None if self._lost is None else self._lose
-        return PageWalk(self._root, self._depth, start or (b"", b""), stop, reverse=reverse, lost=lost)
+        return PageWalk(self._root, self._depth, start or (b"", b""), stop, reverse=reverse, lost=lost, known=known)
 
     async def _pages(self, walk: PageWalk) -> AsyncIterator[LoadedPage]:
         while True:
@@ -85,7 +99,7 @@ class Catalog:
             page = walk.take()
             if page is not None:
                 yield page
-            elif not walk.wanted():
+            elif walk.ended:
                 return
 
     async def _read(self, refs: Sequence[bytes]) -> Sequence[bytes | Damaged]:

@@ -50,12 +50,16 @@ class LoadedPage:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A page or node still to come: its first key, its ref, the ref behind it, and its payload once that is read."""
+    """A page or node still to come: its first key, its ref, the ref behind it, and its payload once that is read.
+
+    `last`: the last key of a page that is known and not to be read.
+    """
 
     key: Key
     ref: PageRef
     after: PageRef | None
     payload: bytes | Damaged = b""
+    last: Key | None = None
 
 
 class PageWalk:
@@ -65,7 +69,8 @@ class PageWalk:
     or None at the end. The first and last page may hold keys outside the range.
 
     `lost` is told of each page or node that is damaged, by its ref and the one behind it, and the walk goes on without
-    it. If it is None, or the root is damaged, that is an error.
+    it. If it is None, or the root is damaged, that is an error. Of pages that are `known`, by the last key they hold,
+    only the ref is taken (and no sections): they are not read.
 
     :raises Damaged: in all methods, if the catalog is not well-formed
     """
@@ -79,11 +84,13 @@ class PageWalk:
         *,
         reverse: bool = False,
         lost: Callable[[PageRef, PageRef | None, Damaged], None] | None = None,
+        known: Callable[[PageRef], Key | None] | None = None,
     ) -> None:
         if not 0 <= depth <= MAX_DEPTH:
             raise Damaged(f"a catalog of {depth} levels")
         payload_length(root)
         self._start, self._stop, self._reverse, self._lost = start, stop, reverse, lost
+        self._known = known
         # What is still to come, nearest first: loaded pages, then refs of pages, of nodes, of nodes above them …
         self._queues: list[deque[_Waiting]] = [deque() for _ in range(depth + 2)]
         self._queues[-1].append(_Waiting(_START, PageRef(b"", b"", root, _UNKNOWN, 0, 0), None))
@@ -93,6 +100,7 @@ class PageWalk:
 
     def wanted(self) -> list[bytes]:
         """Packed refs of what is to be fed next; none when a page can be taken or the end is reached."""
+        self._pass_known()
         if self._queues[0]:
             return []
         for height, queue in enumerate(self._queues):
@@ -102,7 +110,7 @@ class PageWalk:
                 limit = self._ahead if height == 1 else max(1, self._ahead // _AHEAD_NODES)
                 for waiting in queue:
                     size_bytes += refs_length(waiting.ref.ref)
-                    if refs and (len(refs) == limit or size_bytes > _AHEAD_BYTES):
+                    if refs and (len(refs) == limit or size_bytes > _AHEAD_BYTES or waiting.last is not None):
                         break
                     refs.append(waiting.ref.ref)
                 self._asked = (height, len(refs))
@@ -121,9 +129,19 @@ class PageWalk:
                 below.append(waiting)
                 continue
             try:
-                below.extend(self._children(waiting))
+                children = self._children(waiting)
             except Damaged as error:
                 self._lose(waiting, error)
+                continue
+            if height == 2 and self._known is not None:
+                for page in children:
+                    page.last = self._known(page.ref)
+            below.extend(children)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is to be fed or taken any more."""
+        return not any(self._queues)
 
     def take(self) -> LoadedPage | None:
         """The next page; None at the end, or while something is wanted."""
@@ -135,15 +153,24 @@ class PageWalk:
                 self._lose(waiting, error)
         return None
 
+    def _pass_known(self) -> None:
+        """Pages that come next and need not be read can be taken at once."""
+        loaded, pages = self._queues[:2]
+        while not loaded and pages and pages[0].last is not None:
+            loaded.append(pages.popleft())
+
     def _lose(self, waiting: _Waiting, error: Damaged) -> None:
         if self._lost is None or waiting.ref.entries == _UNKNOWN:
             raise error
         self._lost(waiting.ref, waiting.after, error)
 
     def _open(self, waiting: _Waiting) -> LoadedPage:
-        page = open_page(waiting.ref, _payload(waiting))
-        last = page.sections[-1]
-        first_key, last_key = key_of(page.ref.directory, page.ref.name), key_of(last.directory, last.entries[-1].name)
+        if waiting.last is not None:
+            page = LoadedPage(waiting.ref, [], 0)
+            first_key, last_key = waiting.key, waiting.last
+        else:
+            page = open_page(waiting.ref, _payload(waiting))
+            first_key, last_key = key_of(page.ref.directory, page.ref.name), last_key_of(page.sections)
         near, far = (last_key, first_key) if self._reverse else (first_key, last_key)
         if self._edge is not None and not (near < self._edge if self._reverse else near > self._edge):
             raise Damaged("catalog pages are out of order")
@@ -186,6 +213,12 @@ def _payload(waiting: _Waiting) -> bytes:
     if isinstance(waiting.payload, Damaged):
         raise waiting.payload
     return waiting.payload
+
+
+def last_key_of(sections: Sequence[Section]) -> Key:
+    """The key of the last entry of a page, given by its sections."""
+    last = sections[-1]
+    return key_of(last.directory, last.entries[-1].name)
 
 
 def payload_length(ref: bytes, limit_bytes: int = _MAX_PAYLOAD_BYTES) -> int:

@@ -88,7 +88,7 @@ class Section(msgspec.Struct, array_like=True):
     entries: list[Entry]
 
 
-class PageRef(msgspec.Struct, array_like=True, gc=False):
+class PageRef(msgspec.Struct, array_like=True, gc=False, frozen=True):
     """A page, or a node of the page index, in the node above it: its first key, its ref and what lies below."""
 
     directory: bytes

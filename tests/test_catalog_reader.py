@@ -7,6 +7,7 @@ import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -477,10 +478,7 @@ def test_nodes_of_an_enemy() -> None:
         return chunks.store(encode(refs))
 
     def with_(ref: PageRef, /, **fields: object) -> PageRef:
-        copy = PageRef(ref.directory, ref.name, ref.ref, ref.entries, ref.files, ref.size_bytes)
-        for name, value in fields.items():
-            setattr(copy, name, value)
-        return copy
+        return msgspec.structs.replace(ref, **fields)
 
     first = page(Section(b"", [ROOT, node(b"a", DIRECTORY)]), Section(b"a", [node(b"n")]))
     second = page(Section(b"a", [node(b"o")]), Section(b"b", [node(b"n")]))

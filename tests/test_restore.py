@@ -230,10 +230,10 @@ class TestNeverOutside:
         real = Scanner.node
 
         def node(
-            self: Scanner, name: bytes, path: bytes, where: bytes, fields: tuple[int, ...], device: int
+            self: Scanner, name: bytes, path: bytes, where: bytes, fields: tuple[int, ...], device: int, read_ns: int
         ) -> Entry | None:
             if name != b"a":
-                return real(self, name, path, where, fields, device)
+                return real(self, name, path, where, fields, device, read_ns)
             extra = make_extra(lambda _: b"", target=os.fsencode(outside))
             return make_entry(name, (stat.S_IFLNK | 0o777, 0, 0, 0, 0, 0, 0, 0, 1), 0, extra=extra)
 

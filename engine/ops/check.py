@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from coffret.connectors.errors import ConnectorError
 from coffret.engine.catalog_reader import Catalog, clean_path, content_length, no_such_path
+from coffret.engine.catalog_walk import last_key_of
 from coffret.engine.check_damage import CheckSummary, Damage
 from coffret.engine.check_objects import check_objects
 from coffret.engine.check_packs import PackCheck
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from coffret.connectors.base import Connector
+    from coffret.engine.catalog import Key
     from coffret.engine.mirror import Mirror
     from coffret.engine.progress import Progress
-    from coffret.engine.records import Entry
+    from coffret.engine.records import Entry, PageRef
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
 
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckOptions", "CheckSummary", "check", "check_packs"]
 
-# Catalog pages whose chunks were found whole are not looked at again for the next snapshot; so many are remembered.
-_PAGES_REMEMBERED = 1 << 18
+# Catalog pages whose files were found whole are not read again for the next snapshot; so many are remembered (some 300
+# bytes each, for 256 entries).
+_PAGES_REMEMBERED = 1 << 16
 # Entries verified at a time: asking the mirror costs a hop of 60 µs or more.
 _ENTRIES = 512
 
@@ -111,7 +114,8 @@ class _Check:
         self._repository, self._progress = repository, progress
         self.damage = Damage(progress)
         self.packs = PackCheck(repository, self.damage, progress, fast=options.fast, workers=options.workers)
-        self._known_pages: OrderedDict[bytes, None] = OrderedDict()
+        # And the last key of each.
+        self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
         self._look(repository.mirror)
 
     def _look(self, mirror: Mirror) -> None:
@@ -205,10 +209,9 @@ class _Check:
 
     async def _pages(self, snapshot: Snapshot, catalog: Catalog) -> None:
         """All of a catalog; pages that another snapshot has too, and that were found whole there, are only counted."""
-        summary = self.damage.summary
-        async for page, sections in catalog.pages():
-            known = page.ref in self._known_pages
-            if known and self._progress.on_item is None:
+        summary, verbose = self.damage.summary, self._progress.on_item is not None
+        async for page, sections in catalog.pages(known=None if verbose else self._known_pages.get):
+            if not sections:
                 summary.files += page.files
                 self._progress.files += page.files
                 continue
@@ -216,7 +219,7 @@ class _Check:
             found = [(section.directory, entry) for section in sections for entry in section.entries]
             await self._entries(snapshot, catalog, found)
             if summary.damaged_files == before:
-                self._known_pages[page.ref] = None
+                self._known_pages[page] = last_key_of(sections)
                 if len(self._known_pages) > _PAGES_REMEMBERED:
                     self._known_pages.popitem(last=False)
 
