@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from anyio import to_thread
 
 from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, new_passphrase
@@ -80,12 +78,15 @@ def _check_encrypted(repository: Repository) -> None:
 
 
 async def _recover(session: Session, source: str, label: str) -> int:
+    import aiofiles
+
     from coffret.engine.ops import recovery
 
     if session.globals.expect_id is not None:
         raise UsageError("--expect-id does not go with --from: the recovery file says the id", remedy="leave it out")
     try:
-        text = await to_thread.run_sync(lambda: Path(source).read_text(encoding="utf-8"))
+        async with aiofiles.open(source, encoding="utf-8") as file:
+            text = await file.read()
     except (OSError, ValueError) as error:  # one is for bytes that are not UTF-8, one for a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "no recovery file"
         raise UsageError(f"{source}: {reason}", remedy="give the file that `passphrase export` wrote") from None
