@@ -4,6 +4,8 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
+# Tests at a time: one more than there are cores, since one or the other waits for a disk or a server.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 # What has to be built or installed anew when it changes; Python files take effect as they are.
 BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/demo.sh
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ import anyio
 from coffret.engine.errors import WorkerDied
 from coffret.engine.flow import Waiters
 from coffret.engine.frames import frame, take_frames
-from coffret.engine.processes import environment, exit_of, how_ended
+from coffret.engine.processes import all_ended, environment, exit_of, how_ended
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -92,9 +92,10 @@ class WorkerPool:
                 self._group.cancel_scope.cancel()
             return await self._group.__aexit__(kind, error, trace)
         finally:
-            with anyio.CancelScope(shield=True):
+            try:
                 await self._end(kill=error is not None)
-            self._release()
+            finally:
+                self._release()
 
     def start(self, hello: tuple[Any, ...]) -> None:
         """Start the processes, once.
@@ -194,15 +195,7 @@ class WorkerPool:
             worker.socket.close()
             if kill:
                 worker.process.kill()
-        with anyio.move_on_after(_PATIENCE_S):
-            for worker in self.workers:
-                await exit_of(worker.process)
-        # Stuck in a read of a dead network file system?
-        left = [worker.process for worker in self.workers if worker.process.poll() is None]
-        with anyio.move_on_after(_PATIENCE_S):
-            for process in left:
-                process.kill()
-                await exit_of(process)
+        await all_ended([worker.process for worker in self.workers], _PATIENCE_S)
 
     def _release(self) -> None:
         """Give the slabs back to the system, whoever still has a view of one; nobody looks at it any more.

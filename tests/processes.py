@@ -39,6 +39,11 @@ def below(pid: int) -> list[tuple[int, str]]:
     return found
 
 
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm, but for what tests that run meanwhile keep there."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("coffret-test-")}
+
+
 def left_behind() -> list[int]:
     """What descends from this process, but for the servers that other tests use too."""
     return [child for child, _ in below(os.getpid()) if not any(name in _command(child) for name in _SERVERS)]

@@ -22,7 +22,7 @@ import pytest
 from tests import fault_harness
 from tests.fault_harness import ROUNDS, SEED, contents, make_source, objects
 from tests.harness import ROOT, Program, interpreter
-from tests.processes import await_end, below, slept
+from tests.processes import await_end, below, shared_memory, slept
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,7 +37,7 @@ def home(tmp_path: Path) -> Path:
 
 def interrupt(program: Program, number: int, after_s: float, *arguments: str | Path) -> tuple[int, str]:
     """Start a command and send it a signal; return its exit code and its standard error. Nothing of it is left."""
-    shared = set(os.listdir("/dev/shm"))
+    shared = shared_memory()
     process = program.start(*arguments)
     await_handler(process)
     slept(process, after_s)
@@ -47,7 +47,7 @@ def interrupt(program: Program, number: int, after_s: float, *arguments: str | P
     text = err.decode()
     assert b"Traceback" not in err + out, text
     await_end(processes)
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert shared_memory() <= shared
     return process.returncode, text
 
 
@@ -140,7 +140,7 @@ def test_backup(home: Path) -> None:
     source, hits = home / "source", []
     for turn, (number, after_s) in enumerate(moments("backup", 4, 1.5)):
         (source / "fresh").write_bytes(random.Random(turn).randbytes(12 << 20))
-        hits.append(expect(*interrupt(program, number, after_s, "backup", source, "--limit-upload", "3M")))
+        hits.append(expect(*interrupt(program, number, after_s, "backup", source, "--limit-upload", "1M")))
         assert not objects(program.repository, "leases")
         assert not objects(program.repository, "tmp")
     assert mostly(hits)
@@ -180,7 +180,7 @@ def test_restore(home: Path) -> None:
     source, target = home / "source", home / "target"
     program("backup", source)
     expected, hits = contents(source), []
-    words: list[str | Path] = ["restore", "latest", "--no-owner", "--limit-download", "3M", "--to", target]
+    words: list[str | Path] = ["restore", "latest", "--no-owner", "--limit-download", "1M", "--to", target]
     for number, after_s in moments("restore", 4, 1.2):
         shutil.rmtree(target, ignore_errors=True)
         hits.append(expect(*interrupt(program, number, after_s, *words)))
@@ -197,7 +197,7 @@ def test_check(home: Path) -> None:
     program("backup", home / "source")
     hits = []
     for number, after_s in moments("check", 4, 1.0):
-        hits.append(expect(*interrupt(program, number, after_s, "check", "--limit-download", "3M")))
+        hits.append(expect(*interrupt(program, number, after_s, "check", "--limit-download", "1M")))
         assert not objects(program.repository, "tmp")
     assert mostly(hits)
     program("check")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.connectors import s3_server, sshd
+from tests.fault_harness import Here, cheap_passphrases
 from tests.harness import ROOT, Program
 from tests.tree_state import describe, differences
 
@@ -72,6 +73,14 @@ def program_for(elsewhere: Elsewhere, home: Path, **environment: str) -> Program
     return Program(home, environment={**chosen, **environment})
 
 
+def created(elsewhere: Elsewhere, home: Path) -> Program:
+    """The program for a new repository, the passphrase of which costs nothing to check."""
+    program = program_for(elsewhere, home)
+    with cheap_passphrases():
+        Here(home, program.environment)("create")
+    return program
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Some small files, one of several chunks, a link."""
@@ -101,8 +110,7 @@ def check_few_requests(summary: dict[str, Any]) -> None:
 
 
 def test_all_works_as_on_a_local_path(elsewhere: Elsewhere, home: Path, source: Path, tmp_path: Path) -> None:
-    program = program_for(elsewhere, home)
-    program("create")
+    program = created(elsewhere, home)
     settle(source)
     first = program.backup(source)
     assert first["files"] == 301
@@ -131,8 +139,7 @@ def test_all_works_as_on_a_local_path(elsewhere: Elsewhere, home: Path, source: 
 
 def test_a_new_machine_knows_what_is_stored(elsewhere: Elsewhere, home: Path, source: Path, tmp_path: Path) -> None:
     """Without anything kept locally: nothing is read, sent or stored again."""
-    program = program_for(elsewhere, home)
-    program("create")
+    program = created(elsewhere, home)
     settle(source)
     program.backup(source)
     fresh = program_for(elsewhere, home, XDG_CACHE_HOME=str(tmp_path / "fresh"))
@@ -204,8 +211,7 @@ def test_a_server_that_is_killed_and_comes_back(mortal: Elsewhere, home: Path, t
     source.mkdir()
     for number in range(6):
         (source / str(number)).write_bytes(os.urandom(24 * MIB))
-    program = program_for(mortal, home)
-    program("create")
+    program = created(mortal, home)
     running = program.start("backup", "--json", "--limit-upload", "60M", source)
     deadline = time.monotonic() + 60
     while not packs_of(mortal) and time.monotonic() < deadline and running.poll() is None:
@@ -221,12 +227,13 @@ def test_a_server_that_is_killed_and_comes_back(mortal: Elsewhere, home: Path, t
     assert not differences(describe(source), describe(tmp_path / "restored"))
 
 
-def test_a_server_that_is_not_there_is_one_clear_line(mortal: Elsewhere, home: Path, source: Path) -> None:
-    program = program_for(mortal, home)
-    program("create")
+def test_a_server_that_is_not_there_is_one_clear_line(
+    mortal: Elsewhere, home: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coffret.connectors.retry.FIRST_GIVE_UP_S", 0.5)
+    run = Here(home, created(mortal, home).environment)
     mortal.server.kill()
-    outcome = program("-q", "backup", source, code=1)
-    (line,) = outcome.stderr.splitlines()
+    (line,) = run("-q", "backup", source, codes=(1,)).stderr.splitlines()
     assert "127.0.0.1" in line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
@@ -21,7 +22,7 @@ from coffret.connectors.errors import StorageFull
 from coffret.connectors.local import LocalConnector
 from coffret.engine import workerpool
 from coffret.engine.errors import OutOfSpace, WorkerDied, reported
-from coffret.engine.processes import environment, exit_of, how_ended
+from coffret.engine.processes import all_ended, environment, exit_of, how_ended
 from coffret.engine.workerpool import WorkerPool
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.anyio
 
 # Loaded by a worker, or by Python as it starts, if they are found.
 PLANTED = ("__init__", "blake3", "struct", "marshal", "zstandard", "chunkworker", "openworker", "sitecustomize")
+HELLO = ("keys", bytes(32), ("fastcdc-gear64", 1 << 12, 1 << 14, 1 << 16), bytes(32))
 
 
 def pool(module: str = "coffret.engine.chunkworker") -> WorkerPool:
@@ -173,7 +175,7 @@ async def test_no_memory_is_kept_after_an_error(tmp_path: Path, monkeypatch: pyt
 
 async def test_slabs_go_when_a_view_stays() -> None:
     async with pool() as workers:
-        workers.start(("keys", bytes(32), ("fastcdc-gear64", 1 << 12, 1 << 14, 1 << 16), bytes(32)))
+        workers.start(HELLO)
         view = workers.slab(1)
         view[:] = random.Random(0).randbytes(len(view))
         assert in_memory("coffret-slabs") >= len(view)
@@ -202,6 +204,47 @@ async def test_waiting_for_a_process_holds_up_nobody(pidfd: bool, monkeypatch: p
         await anyio.wait_all_tasks_blocked()
         process.kill()
     assert codes == [await exit_of(process)] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("amid", ["work", "the end"])
+async def test_each_process_is_reaped_however_often_the_task_is_cancelled(amid: str) -> None:
+    """By asyncio's own means, which no shield keeps off: amid work, and when the processes were told to end."""
+    workers, started = pool(), list[subprocess.Popen[bytes]]()
+
+    async def use() -> None:
+        async with workers:
+            workers.start(HELLO)
+            started.extend(worker.process for worker in workers.workers)
+            for process in started:
+                process.send_signal(signal.SIGSTOP)  # so none ends by itself
+            if amid == "work":
+                await asyncio.sleep(1000)
+
+    task = asyncio.ensure_future(use())
+    while not (started if amid == "work" else workers.closed):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0)
+    assert task.cancelled()
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert not workers.workers
+
+
+def test_processes_are_reaped_when_nothing_can_be_awaited_any_more() -> None:
+    """The loop was stopped amid the wait, and its tasks are closed."""
+    processes = [subprocess.Popen(["sleep", "1000"]) for _ in range(2)]
+
+    async def nothing_more() -> None:
+        raise KeyboardInterrupt
+
+    async def wait(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("coffret.engine.processes.exit_of", lambda process: nothing_more())
+        await all_ended(processes, 60)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
+        anyio.run(wait, monkeypatch)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
 
 
 def test_how_a_process_ended() -> None:

@@ -140,6 +140,7 @@ class SQLiteStore(Store):
 
     def _execute(self, statement: str, *values: str | bytes | int) -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            connection.execute("pragma synchronous = off")
             return connection.execute(statement, values).fetchall()
 
 

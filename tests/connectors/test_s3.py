@@ -13,6 +13,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -28,7 +29,7 @@ from tests.connectors.proxy import Proxy
 from tests.connectors.s3_server import CREDENTIALS, S3Server, free_port, shared_server
 from tests.connectors.test_conformance import MIB, aligned, listed
 
-from coffret.connectors import s3errors
+from coffret.connectors import s3client, s3errors
 from coffret.connectors.errors import (
     AlreadyExists,
     ConnectionLost,
@@ -41,13 +42,13 @@ from coffret.connectors.errors import (
     StorageFull,
     TransientError,
 )
-from coffret.connectors.limit import LimitConnector
+from coffret.connectors.limit import Bucket, LimitConnector
 from coffret.connectors.registry import open_connector
 from coffret.connectors.retry import RetryConnector
 from coffret.connectors.s3 import S3Connector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
 
     from coffret.connectors.base import Connector
@@ -320,24 +321,26 @@ class TestBuffers:
             view.release()
             memory.close()
 
-    async def test_the_loop_is_not_blocked(self, connector: S3Connector) -> None:
-        body, slowest_s = aligned(os.urandom(32 * MIB)), 0.0
-        await connector.put("packs/aa/one", [body])
+    @pytest.mark.parametrize("tls", [False, True])
+    async def test_the_loop_is_not_blocked(self, bucket: str, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What takes long of a large body, its hash or checksum, is for a thread."""
+        where: list[int] = []
 
-        async def watch() -> None:
-            nonlocal slowest_s
-            while True:
-                begin = time.perf_counter()
-                await anyio.sleep(0.001)
-                slowest_s = max(slowest_s, time.perf_counter() - begin - 0.001)
+        def watched(digest: Callable[[Sequence[memoryview]], str]) -> Callable[[Sequence[memoryview]], str]:
+            def run(views: Sequence[memoryview]) -> str:
+                where.append(threading.get_ident())
+                return digest(views)
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch)
-            for _ in range(3):
-                await connector.put("packs/aa/one", [body])
-            tasks.cancel_scope.cancel()
-        # To hash 32 MiB takes 20 to 70 ms here, the largest single step is a copy of 256 KiB.
-        assert slowest_s < 0.5
+            return run
+
+        for name in ("sha256_hex", "crc32_base64"):
+            monkeypatch.setattr(s3client, name, watched(getattr(s3client, name)))
+        async with shared_server(tls=tls).connector(bucket) as connector:
+            await connector.create()
+            where.clear()
+            await connector.put("packs/aa/one", [aligned(os.urandom(MIB))])
+        assert where
+        assert threading.get_ident() not in where
 
     async def test_a_server_without_checksums(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         async with shared_server(tls=True).connector(bucket) as connector:
@@ -357,15 +360,21 @@ class TestBuffers:
                 assert await connector.get(f"packs/aa/{number}") == bytes(MIB)
             assert refused == 1
 
-    async def test_rates_are_held_piece_by_piece(self, connector: S3Connector) -> None:
-        limited = LimitConnector(connector, upload=4 * MIB, download=4 * MIB)
-        data, passed = os.urandom(3 * MIB), []
-        begin = time.perf_counter()
+    async def test_rates_are_held_piece_by_piece(self, connector: S3Connector, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken: dict[Bucket, list[int]] = {}
+        take = Bucket.take
+
+        async def watch(self: Bucket, size_bytes: int) -> None:
+            taken.setdefault(self, []).append(size_bytes)
+            await take(self, size_bytes)
+
+        monkeypatch.setattr(Bucket, "take", watch)
+        limited, data = LimitConnector(connector, upload=16 * MIB, download=16 * MIB), os.urandom(3 * MIB)
         await limited.put("packs/aa/one", [data])
-        passed.append(time.perf_counter() - begin)
         assert await limited.get("packs/aa/one") == data
-        passed.append(time.perf_counter() - begin - passed[0])
-        assert all(0.3 < each < 3 for each in passed), passed
+        for pieces in (taken[limited._pace.upload], taken[limited._pace.download]):
+            assert sum(pieces) == len(data)
+            assert max(pieces) <= 256 << 10
 
     async def test_a_slow_rate_is_no_stall(self, server: S3Server, bucket: str, connector: S3Connector) -> None:
         async with server.connector(bucket, stall_s=2.0) as impatient:
@@ -553,10 +562,8 @@ class TestNetworks:
             assert len(await other.get("index/a")) == MIB
             proxy.blackhole = True
             for call in calls(other).values():
-                begin = time.perf_counter()
                 with pytest.raises(ConnectionLost, match=r"no answer for 0\.5 s"):
                     await call()
-                assert time.perf_counter() - begin < 5
             proxy.blackhole = False
             proxy.cut()
             assert len(await other.get("index/a")) == MIB
@@ -573,10 +580,8 @@ class TestNetworks:
 
     async def test_delays_are_no_stalls(self, server: S3Server, bucket: str, connector: S3Connector) -> None:
         async with Proxy(server.port, delay_s=0.05) as proxy, server.connector(bucket, port=proxy.port) as far:
-            begin = time.perf_counter()
             await far.put("index/a", [bytes(8 * MIB)])
             assert len(await far.get("index/a")) == 8 * MIB
-            assert time.perf_counter() - begin > 0.2
 
     async def test_a_lost_answer(self, server: S3Server, bucket: str, connector: S3Connector) -> None:
         """Put-if-absent took effect, nobody was told: it is neither taken for another's nor put over."""
