@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.sftpfiles import Files
 
+T = TypeVar("T")
 _RACERS = 8
 
 
@@ -33,6 +34,7 @@ class Naming:
         self.exclusive: bool | None = None
         self.notes: list[str] = []
         self._links = True
+        self._linked = False  # whether it has been seen to work
         # Where the server excludes nobody, those in this process exclude each other.
         self._one_at_a_time = anyio.Lock()
 
@@ -60,9 +62,12 @@ class Naming:
 
     async def _if_absent(self, files: Files, temporary: str, name: str) -> bool:
         await self.learn(files)
+        if self._linked and files.session.in_order:
+            return await _told_if_taken(files, files.move_if_absent(temporary, name), name)
         if self._links:
             try:
                 await _told_if_taken(files, files.link(temporary, name), name)
+                self._linked = True
                 return True
             except Refusal as refusal:
                 if refusal.kind in (AlreadyExists, NotFound):
@@ -117,13 +122,13 @@ class Naming:
             self.notes.append(note)
 
 
-async def _told_if_taken(files: Files, naming: Coroutine[Any, Any, None], name: str) -> None:
+async def _told_if_taken(files: Files, naming: Coroutine[Any, Any, T], name: str) -> T:
     """Do it, and find out whether a refusal without a cause means that the name is taken.
 
     :raises Refusal: AlreadyExists if the name is taken
     """
     try:
-        await naming
+        return await naming
     except Refusal as refusal:
         if refusal.kind in (AlreadyExists, NotFound, Unsupported):
             raise
