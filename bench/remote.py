@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True)
     _tell(f"run {run_.run}, commit {run_.commit}, load {run_.machine['load']}: {', '.join(parts)}")
     found = storages(work, tuple(options.storages or _STORAGES))
-    bench = RemoteBench(run_, datasets, found, work, parts, _tell)
+    bench = RemoteBench(run_, datasets, found, work, parts, _tell, each_way=options.each_way)
     try:
         bench.prepare()
         if not options.no_memory:
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size of the data sets")
     parser.add_argument("--rounds", type=int, default=2, help="timed rounds")
     parser.add_argument("--no-memory", action="store_true", help="leave out the round that samples memory")
+    parser.add_argument("--each-way", action="store_true", help="latencies are those of each direction, not of both")
     parser.add_argument("--parts", metavar="NAMES", help=f"of {','.join(PARTS)}; default: all")
     parser.add_argument("--results", type=Path, default=DEFAULT_FILE, help="file to append lines to")
     parser.add_argument("storages", nargs="*", metavar="STORAGE", help="of " + ", ".join(_STORAGES))

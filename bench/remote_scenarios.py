@@ -8,12 +8,13 @@ and without delay.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bench.bars import OURS
+from bench.bars import CONNECTOR, CONNECTOR_UNDELAYED, LOCAL, OURS, RESTORE_MS, TRANSFER_MS, UNDELAYED
 from bench.contenders import Place, available, version_of
 from bench.measure import Command, CommandFailed, Usage, run, stored_bytes, warm
 from bench.remote_proxy import DelayingProxy
@@ -33,13 +34,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # In the order in which they are run.
 PARTS = ("speed", "latency", "unchanged", "loops")
-LOCAL, UNDELAYED = f"{OURS}, local", f"{OURS}, no delay"
-# What is asked for at these latencies (ms): a transfer with many connections, a restore, an unchanged backup.
 CONNECTIONS = 8
-TRANSFER_MS, RESTORE_MS = 20, 50
+_OTHERS = ["restic"] if shutil.which("restic") else []
 _LOOPS = {
-    "connector": ("--connector",),
-    "connector, uvloop": ("--connector", "--uvloop"),
+    CONNECTOR: ("--connector",),
+    f"{CONNECTOR}, uvloop": ("--connector", "--uvloop"),
     "bare": (),
     "bare, uvloop": ("--uvloop",),
 }
@@ -57,7 +56,12 @@ class RemoteBench:
         folder: Path,
         parts: Sequence[str],
         tell: Callable[[str], None] = print,
+        *,
+        each_way: bool = False,
     ) -> None:
+        """`each_way`: latencies are those of each direction, and their scenarios are named so."""
+        self._at = "at {} ms each way" if each_way else "at {} ms"
+        self._delayed_share = 1.0 if each_way else 0.5
         self._run, self._datasets, self._storages = run_, datasets, storages
         self._folder, self._parts, self._tell = folder, frozenset(parts), tell
         self._big = datasets["big"]
@@ -74,10 +78,12 @@ class RemoteBench:
         return list(self._lines.values())
 
     def prepare(self) -> None:
-        """Make the packs that the bare loops move.
+        """Make the packs that the bare loops move, if any will.
 
         :raises CommandFailed: if they can't be made
         """
+        if not self._parts & {"speed", "loops"}:
+            return
         self._local.make(self._packs)
         run(self._command(self._local, self._local.backup, self._packs), self._folder / "packs.log", sample=False)
 
@@ -109,7 +115,7 @@ class RemoteBench:
     def _speed(self, storage: RemoteStorage, number: int) -> None:
         """First backups, and restores of what they stored."""
         scenario = f"{storage.name}: first"
-        names = _rotated([OURS, "restic", LOCAL, storage.library], number)
+        names = _rotated([OURS, *_OTHERS, LOCAL, storage.library], number)
         stored = []
         for name in names:
             if name == LOCAL:
@@ -128,16 +134,16 @@ class RemoteBench:
         """The same with many connections, through a line with latency and through one without."""
         with ExitStack() as stack:
             ports = {
-                delay_ms: stack.enter_context(DelayingProxy(storage.server.port, delay_ms)).port
+                delay_ms: stack.enter_context(self._proxy(storage, delay_ms)).port
                 for delay_ms in (0, TRANSFER_MS, RESTORE_MS)
             }
-            scenario = f"{storage.name}: first at {TRANSFER_MS} ms"
+            scenario = f"{storage.name}: first {self._at.format(TRANSFER_MS)}"
             for delay_ms in _rotated([TRANSFER_MS, 0], number):
                 name = OURS if delay_ms else UNDELAYED
                 ours = self._contender(storage, OURS, ports[delay_ms], CONNECTIONS)
                 self._first(scenario, name, ours, storage, f"first-{delay_ms}")
             for delay_ms in _rotated([0, TRANSFER_MS, RESTORE_MS], number):
-                names = [f"{storage.name}: restore at {of_ms} ms" for of_ms in (TRANSFER_MS, RESTORE_MS)
+                names = [f"{storage.name}: restore {self._at.format(of_ms)}" for of_ms in (TRANSFER_MS, RESTORE_MS)
                          if delay_ms in (0, of_ms)]  # fmt: skip
                 ours = self._contender(storage, OURS, ports[delay_ms], CONNECTIONS)
                 self._restore(names, OURS if delay_ms else UNDELAYED, ours, storage, "first-0")
@@ -146,9 +152,9 @@ class RemoteBench:
 
     def _unchanged(self, storage: RemoteStorage, number: int) -> None:
         """A backup of *small* in which nothing has changed, far from the server."""
-        small, scenario = self._datasets["small"], f"{storage.name}: unchanged at {RESTORE_MS} ms"
+        small, scenario = self._datasets["small"], f"{storage.name}: unchanged {self._at.format(RESTORE_MS)}"
         place = Place(self._folder / "unchanged")
-        with DelayingProxy(storage.server.port, RESTORE_MS) as proxy:
+        with self._proxy(storage, RESTORE_MS) as proxy:
             ours = self._contender(storage, OURS, proxy.port)
             make_place(storage, place)
             for template in (*ours.create, ours.backup, ours.backup):
@@ -178,10 +184,10 @@ class RemoteBench:
                 self._loop(f"{storage.name}: {what}", shown, storage, what, _LOOPS[name], storage.server.port)
             with ExitStack() as stack:
                 for delay_ms in _rotated([TRANSFER_MS, 0], number):
-                    proxy = stack.enter_context(DelayingProxy(storage.server.port, delay_ms))
-                    name = "connector" if delay_ms else "connector, no delay"
-                    scenario = f"{storage.name}: {what} at {TRANSFER_MS} ms"
-                    self._loop(scenario, name, storage, what, _LOOPS["connector"], proxy.port)
+                    proxy = stack.enter_context(self._proxy(storage, delay_ms))
+                    name = CONNECTOR if delay_ms else CONNECTOR_UNDELAYED
+                    scenario = f"{storage.name}: {what} {self._at.format(TRANSFER_MS)}"
+                    self._loop(scenario, name, storage, what, _LOOPS[CONNECTOR], proxy.port)
         storage.remove("loop")
 
     def _first_local(self, scenario: str) -> None:
@@ -245,6 +251,9 @@ class RemoteBench:
             warm(storage.folder("loop"))
         command = Command((sys.executable, *arguments), environment, _ROOT)
         self._measure([scenario], name, self._local, command)
+
+    def _proxy(self, storage: RemoteStorage, latency_ms: float) -> DelayingProxy:
+        return DelayingProxy(storage.server.port, latency_ms * self._delayed_share)
 
     def _contender(
         self, storage: RemoteStorage, name: str, port: int | None = None, connections: int | None = None

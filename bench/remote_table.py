@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.bars import MB
+from bench.bars import MB, is_remote
 from bench.results import Measurement, spread
 
 if TYPE_CHECKING:
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
 
     Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
-STORAGES = ("s3", "sftp")
 
-
-def is_remote(line: Line) -> bool:
-    """Whether a line is of a scenario over the network."""
-    return isinstance(line, Measurement) and line.scenario.partition(":")[0] in STORAGES
-
-
-def remote_table(lines: Sequence[Line], table: Table) -> str:
+def remote_table(lines: Sequence[Line], table: Table, scale: float | None = None) -> str:
     """Of the newest run of each scenario: seconds, CPU seconds and memory of each contender; "" if there are none."""
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for line in lines:
-        if isinstance(line, Measurement) and is_remote(line) and line.dataset is not None:
-            group = groups.setdefault((line.scenario, line.dataset.name), [])
-            if group and group[0].run.run != line.run.run:
-                if line.run.run < group[0].run.run:
-                    continue
-                group.clear()
-            group.append(line)
+        if not isinstance(line, Measurement) or not is_remote(line) or line.dataset is None:
+            continue
+        if scale is not None and line.dataset.scale != scale:
+            continue
+        group = groups.setdefault((line.scenario, line.dataset.name), [])
+        if group and group[0].run.run != line.run.run:
+            if line.run.run < group[0].run.run:
+                continue
+            group.clear()
+        group.append(line)
     rows = [
-        [f"{dataset}, {scenario}" if not at else "", line.contender, _seconds(line), _cpu(line), _memory(line)]
+        [
+            f"{dataset}, {scenario}" if not at else "",
+            line.contender, _seconds(line), _cpu(line), _memory(line), _requests(line),
+        ]
         for (scenario, dataset), group in groups.items()
         for at, line in enumerate(group)
-    ]
-    return table(["scenario", "contender", "s", "CPU, s", "memory, MB"], rows) if rows else ""
+    ]  # fmt: skip
+    header = ["over the network", "contender", "s", "its CPU, s", "memory, MB", "requests"]
+    return table(header, rows) if rows else ""
 
 
 def _seconds(line: Measurement) -> str:
@@ -54,3 +54,7 @@ def _cpu(line: Measurement) -> str:
 
 def _memory(line: Measurement) -> str:
     return f"{line.memory_bytes / MB:,.0f}" if line.memory_bytes else "–"
+
+
+def _requests(line: Measurement) -> str:
+    return ", ".join(map(str, sorted(set(line.requests)))) if line.requests else "–"

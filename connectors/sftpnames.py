@@ -26,6 +26,10 @@ T = TypeVar("T")
 _RACERS = 8
 
 
+class FileGone(Refusal):
+    """The file was removed although it got no name: it has to be written again."""
+
+
 class Naming:
     """What is known of a server's ways to name a file, and how it is done there."""
 
@@ -34,7 +38,8 @@ class Naming:
         self.exclusive: bool | None = None
         self.notes: list[str] = []
         self._links = True
-        self._linked = False  # whether it has been seen to work
+        # Whether a file is linked and its old name removed without waiting in between, as long as that works.
+        self._in_one_go = True
         # Where the server excludes nobody, those in this process exclude each other.
         self._one_at_a_time = anyio.Lock()
 
@@ -54,6 +59,7 @@ class Naming:
         """Name a file, in one step for whoever looks; return whether it still has its temporary name too.
 
         :raises Refusal: AlreadyExists if `if_absent` and the name is taken
+        :raises FileGone: if it could not be named and has lost its temporary name; that happens once
         """
         if if_absent:
             return await self._if_absent(files, temporary, name)
@@ -62,12 +68,17 @@ class Naming:
 
     async def _if_absent(self, files: Files, temporary: str, name: str) -> bool:
         await self.learn(files)
-        if self._linked and files.session.in_order:
-            return await _told_if_taken(files, files.move_if_absent(temporary, name), name)
+        if self._links and self._in_one_go and files.session.in_order:
+            try:
+                return await _told_if_taken(files, files.move_if_absent(temporary, name), name)
+            except Refusal as refusal:
+                if refusal.kind is AlreadyExists:
+                    raise
+                self._in_one_go = False
+                raise FileGone(refusal.kind, refusal.reason) from refusal
         if self._links:
             try:
                 await _told_if_taken(files, files.link(temporary, name), name)
-                self._linked = True
                 return True
             except Refusal as refusal:
                 if refusal.kind in (AlreadyExists, NotFound):
