@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.bars import BARS, MB, OURS, Kind, judge
+from bench.bars import BARS, MB, OURS, Kind, is_remote, judge
 from bench.picture import picture
+from bench.remote_table import remote_table
 from bench.results import DEFAULT_FILE, Dedup, Measurement, Primitives, read, spread
 from bench.scenarios import Scenario
 from bench.tables import markdown, plain
@@ -24,13 +25,20 @@ if TYPE_CHECKING:
     Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 BEGIN, END = "<!-- figures: begin (python -m bench.report) -->", "<!-- figures: end -->"
-_WHAT = {Kind.SIZE_RATIO: "repository size", Kind.MEMORY_MB: "peak of memory", Kind.SECONDS: f"`{OURS} version`"}
+_WHAT = {
+    Kind.SIZE_RATIO: "repository size",
+    Kind.MEMORY_MB: "peak of memory",
+    Kind.MORE_MEMORY_MB: "{}: memory",
+    Kind.REQUESTS: "{}: requests",
+}
 
 
 def newest(lines: Sequence[Line], scale: float) -> dict[tuple[str, str], list[Measurement]]:
     """By data set and scenario: the lines of the newest run that compares, else of the newest run."""
     groups: dict[tuple[str, str], dict[str, list[Measurement]]] = {}
     for line in lines:
+        if is_remote(line):
+            continue
         if isinstance(line, Measurement) and line.dataset is not None and line.dataset.scale == scale:
             groups.setdefault((line.dataset.name, line.scenario), {}).setdefault(line.run.run, []).append(line)
     return {
@@ -89,13 +97,13 @@ def bars_table(lines: Sequence[Line], scale: float, table: Table = markdown) -> 
     for bar in BARS:
         verdict = judge(bar, at_scale)
         measured = "not measured" if verdict.value is None else bar.show(verdict.value)
-        against = f"{bar.against}'s" if bar.against else ""
-        what = _WHAT.get(bar.kind, bar.scenario)
+        against = " or ".join(f"{name}'s" for name in bar.against.split("|") if name)
+        what = _WHAT.get(bar.kind, "{}").format(bar.scenario)
         answer = "" if verdict.value is None else "yes" if verdict.reached else "**no**"
         run_id = verdict.run.run if verdict.run else ""
         rows.append(
             [
-                f"{bar.dataset}: {what}" if bar.dataset != "none" else what,
+                f"{bar.dataset}: {what}" if bar.dataset != "none" else f"`{OURS} {what}`",
                 against,
                 "≤ " + bar.show(bar.limit),
                 measured,
@@ -144,6 +152,7 @@ def report(lines: Sequence[Line], scale: float = 1.0) -> str:
     parts = [_machine(runs[max(runs)]), bars_table(lines, scale)]
     parts += ["Medians of seconds, and the range of the rounds; memory is the peak of all processes together."]
     parts += scenario_tables(lines, markdown, scale)
+    parts += [remote_table(lines, markdown, scale)]
     parts += [dedup_table(lines, markdown), bounds_table(lines, scale), primitives_table(lines, scale), _faults(lines)]
     return "\n\n".join(part for part in parts if part)
 

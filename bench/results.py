@@ -44,6 +44,7 @@ class Measurement(msgspec.Struct, tag="scenario", kw_only=True, omit_defaults=Tr
 
     `wall_s` has a value a round, in the order of the rounds, None where the command failed: ratios are taken round by
     round. `memory_bytes` and `resident_bytes` are peaks of all processes together, from a round that is not timed.
+    `requests`: what a storage was asked for, a value a round.
     """
 
     run: Run
@@ -60,6 +61,7 @@ class Measurement(msgspec.Struct, tag="scenario", kw_only=True, omit_defaults=Tr
     resident_bytes: int | None = None
     processes: int | None = None
     repository_bytes: int | None = None
+    requests: list[int] = []
     faults: list[str] = []
     summary: dict[str, Any] = {}
 

@@ -172,7 +172,7 @@ class Bench:
             return None
         line = self._line(scenario, contender)
         line.add(usage)
-        line.summary = _summary(usage.output) or line.summary
+        line.summary = summary_of(usage.output) or line.summary
         if usage.memory is not None:
             self._say(scenario, contender, f"{usage.memory.asked / 1e6:8.0f} MB (not timed)")
         else:
@@ -216,7 +216,7 @@ class Bench:
         return self._lines[key]
 
 
-def _summary(output: str) -> dict[str, Any]:
+def summary_of(output: str) -> dict[str, Any]:
     """The last line of a command's output, if it is a JSON object."""
     last = output.rstrip().rpartition("\n")[2]
     try:

@@ -30,7 +30,7 @@ from coffret.connectors.sftpconnections import Connections
 from coffret.connectors.sftperrors import Refusal
 from coffret.connectors.sftpfiles import FOLDER, REGULAR, Files, at_once
 from coffret.connectors.sftplogin import Address, Login
-from coffret.connectors.sftpnames import Naming
+from coffret.connectors.sftpnames import FileGone, Naming
 from coffret.connectors.sftpwalk import check_root, info_of, text, walk
 
 if TYPE_CHECKING:
@@ -176,10 +176,12 @@ class SFTPConnector(Connector):
         await self._connections.close()
 
     @asynccontextmanager
-    async def _files(self, name: str, size_bytes: int = 0, *, learn: bool = True) -> AsyncIterator[Files]:
+    async def _files(
+        self, name: str, size_bytes: int = 0, *, learn: bool = True, reads: bool = False
+    ) -> AsyncIterator[Files]:
         """The files on the server, over a connection for a call about `name` that moves so many bytes."""
         large = size_bytes >= _LARGE_BYTES
-        session = await self._connections.session(large)
+        session = await self._connections.session(large, reads=reads)
         session.calls, session.large_calls = session.calls + 1, session.large_calls + large
         files = Files(session, self._root, self._pace)
         try:
@@ -196,7 +198,7 @@ class SFTPConnector(Connector):
     @asynccontextmanager
     async def _opened(self, name: str, offset: int, size_bytes: int) -> AsyncIterator[tuple[Files, OpenFile]]:
         """An object to read so many bytes of; what is no file is NotFound."""
-        async with self._files(name, size_bytes) as files:
+        async with self._files(name, size_bytes, reads=True) as files:
             if offset < 0:
                 raise Refusal(InvalidRange, f"there is no byte {offset}")
             try:
@@ -243,9 +245,11 @@ class SFTPConnector(Connector):
             try:
                 left = await self._naming.give(files, temporary, name, if_absent)
             except Refusal as refusal:
-                if refusal.kind is not NotFound:
+                if refusal.kind is not NotFound and not isinstance(refusal, FileGone):
                     raise
                 await files.make_folders([name[:at] for at, sign in enumerate(name) if sign == "/"])
+                if isinstance(refusal, FileGone):
+                    await self._write(files, temporary, body)
                 left = await self._give_again(files, temporary, name, if_absent)
         finally:
             if left:

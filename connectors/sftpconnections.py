@@ -147,11 +147,15 @@ class Connections:
         self._sessions: list[Session] = []
         self._first = anyio.Lock()
         self._opening = 0
+        self._tasks: set[asyncio.Task[ConnectorError | None]] = set()
         self._failures, self._failure = 0, ConnectorError()
         self._no_more_until = 0.0
 
-    async def session(self, large: bool) -> Session:
+    async def session(self, large: bool, *, reads: bool = False) -> Session:
         """A session to use; a call that moves much does not share one while there may be more.
+
+        One that reads does not wait for another to be opened, but leaves it to those that come next: a login takes
+        eleven round trips, and our own window is wide enough for several to share it.
 
         :raises ConnectorError: as `Login.connect`
         """
@@ -168,22 +172,37 @@ class Connections:
         usable = self._usable()
         if large and self._may_be_more(usable):
             self._opening += 1
-            try:
-                return await self._open()
-            except ConnectorError as error:
-                self.note = f"{self.login.address}: no more than {len(usable)} connections: {error}"
-                self._no_more_until = anyio.current_time() + _NO_MORE_S
-                if not (usable := self._usable()):
-                    raise
-            finally:
-                self._opening -= 1
+            another = asyncio.get_running_loop().create_task(self._open_another(len(usable)))
+            self._tasks.add(another)
+            another.add_done_callback(self._tasks.discard)
+            if not reads:
+                refused = await another
+                if not (usable := self._usable()) and refused is not None:
+                    raise refused
         return min(usable, key=lambda session: (session.large_calls, session.calls))
 
     async def close(self) -> None:
         """Close all of them."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            if self._tasks:
+                await asyncio.wait(self._tasks)
         sessions, self._sessions = self._sessions, []
         for session in sessions:
             await session.close()
+
+    async def _open_another(self, others: int) -> ConnectorError | None:
+        """Open one more than there are; where that is refused, the others do for a while."""
+        try:
+            await self._open()
+        except ConnectorError as error:
+            self.note = f"{self.login.address}: no more than {others} connections: {error}"
+            self._no_more_until = anyio.current_time() + _NO_MORE_S
+            return error
+        finally:
+            self._opening -= 1
+        return None
 
     def _usable(self) -> list[Session]:
         for session in self._sessions:

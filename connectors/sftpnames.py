@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
     from coffret.connectors.sftpfiles import Files
 
+T = TypeVar("T")
 _RACERS = 8
+
+
+class FileGone(Refusal):
+    """The file was removed although it got no name: it has to be written again."""
 
 
 class Naming:
@@ -33,6 +38,8 @@ class Naming:
         self.exclusive: bool | None = None
         self.notes: list[str] = []
         self._links = True
+        # Whether a file is linked and its old name removed without waiting in between, as long as that works.
+        self._in_one_go = True
         # Where the server excludes nobody, those in this process exclude each other.
         self._one_at_a_time = anyio.Lock()
 
@@ -52,6 +59,7 @@ class Naming:
         """Name a file, in one step for whoever looks; return whether it still has its temporary name too.
 
         :raises Refusal: AlreadyExists if `if_absent` and the name is taken
+        :raises FileGone: if it could not be named and has lost its temporary name; that happens once
         """
         if if_absent:
             return await self._if_absent(files, temporary, name)
@@ -60,6 +68,14 @@ class Naming:
 
     async def _if_absent(self, files: Files, temporary: str, name: str) -> bool:
         await self.learn(files)
+        if self._links and self._in_one_go and files.session.in_order:
+            try:
+                return await _told_if_taken(files, files.move_if_absent(temporary, name), name)
+            except Refusal as refusal:
+                if refusal.kind is AlreadyExists:
+                    raise
+                self._in_one_go = False
+                raise FileGone(refusal.kind, refusal.reason) from refusal
         if self._links:
             try:
                 await _told_if_taken(files, files.link(temporary, name), name)
@@ -117,13 +133,13 @@ class Naming:
             self.notes.append(note)
 
 
-async def _told_if_taken(files: Files, naming: Coroutine[Any, Any, None], name: str) -> None:
+async def _told_if_taken(files: Files, naming: Coroutine[Any, Any, T], name: str) -> T:
     """Do it, and find out whether a refusal without a cause means that the name is taken.
 
     :raises Refusal: AlreadyExists if the name is taken
     """
     try:
-        await naming
+        return await naming
     except Refusal as refusal:
         if refusal.kind in (AlreadyExists, NotFound, Unsupported):
             raise

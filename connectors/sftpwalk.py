@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Entries = list[tuple[str, asyncssh.SFTPAttrs]]
 
 # Each folder costs some round trips; the 256 of packs, read one after the other, would take a minute at 50 ms.
-_FOLDERS_AHEAD = 64
+_FOLDERS_AHEAD = 256
 
 
 async def walk(files: Files, prefix: str) -> AsyncGenerator[ObjectInfo]:
