@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from typing import TYPE_CHECKING, Any
 
 from coffret.engine.restore_writer import read_marks
@@ -57,12 +56,8 @@ class OpenPool:
     async def __aenter__(self) -> OpenPool:
         await self._pool.__aenter__()
         try:
-            self._pool.start(self._hello)
-            # Ahead of the first message, which is sent when this task next waits. By descriptor, since a path may come
-            # to mean another directory, and a worker has another current directory.
-            descriptors = [self._marks] if self._target < 0 else [self._marks, self._target]
-            for worker in self._pool.workers:
-                socket.send_fds(worker.socket, [b"\0"], descriptors)
+            # By descriptor: a path may come to mean another directory, and a worker has another current directory.
+            self._pool.start(self._hello, [self._marks] if self._target < 0 else [self._marks, self._target])
         except BaseException as error:
             try:
                 await self._pool.__aexit__(type(error), error, error.__traceback__)

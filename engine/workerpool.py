@@ -29,7 +29,7 @@ from coffret.engine.frames import frame, take_frames
 from coffret.engine.processes import all_ended, environment, exit_of, how_ended
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
 
     from anyio.abc import TaskGroup
@@ -97,11 +97,11 @@ class WorkerPool:
             finally:
                 self._release()
 
-    def start(self, hello: tuple[Any, ...]) -> None:
+    def start(self, hello: tuple[Any, ...], descriptors: Sequence[int] = ()) -> None:
         """Start the processes, once.
 
         `hello`, and the numbers of the slabs that are its own, is the first message each gets: keys go there, never on
-        a command line.
+        a command line. Ahead of it come, with one byte, the `descriptors`, if there are any.
 
         :raises WorkerDied: if the system does not let them start
         """
@@ -114,6 +114,9 @@ class WorkerPool:
             ) from error
         share = self._slabs // self._count
         for number, worker in enumerate(self.workers):
+            if descriptors:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_serve` reports the death
+                    socket.send_fds(worker.socket, [b"\0"], descriptors)
             self.send(worker, (*hello, list(range(number * share, (number + 1) * share))))
             self._group.start_soon(self._serve, worker)
 
@@ -124,12 +127,13 @@ class WorkerPool:
         return memoryview(self._memory)[at : at + self.slab_bytes]
 
     def send(self, worker: Worker, message: tuple[Any, ...]) -> None:
-        """Send a message; the few that a worker is sent ahead are buffered here."""
+        """Send a message. What the socket has no room for is buffered here, and sent by a task: a few jobs ahead."""
         if self.closed:
             return
-        if not worker.output:
-            self._group.start_soon(self._flush, worker)
+        waiting = bool(worker.output)
         worker.output += frame(message)
+        if not waiting and not _write(worker):
+            self._group.start_soon(self._flush, worker)
 
     def _start(self) -> None:
         memory = os.memfd_create("coffret-slabs", os.MFD_CLOEXEC)
@@ -163,14 +167,8 @@ class WorkerPool:
         return Worker(process, ours)
 
     async def _flush(self, worker: Worker) -> None:
-        while worker.output and not self.closed:
-            try:
-                sent = worker.socket.send(worker.output)
-                del worker.output[:sent]
-            except BlockingIOError:
-                await anyio.wait_writable(worker.socket)
-            except (BrokenPipeError, ConnectionResetError):
-                return  # `_serve` reports the death
+        while not self.closed and not _write(worker):
+            await anyio.wait_writable(worker.socket)
 
     async def _serve(self, worker: Worker) -> None:
         while True:
@@ -209,6 +207,18 @@ class WorkerPool:
             with contextlib.suppress(BufferError):
                 self._memory.close()
             self._memory = None
+
+
+def _write(worker: Worker) -> bool:
+    """Send what is buffered; False if the socket has no room for all of it."""
+    try:
+        while worker.output:
+            del worker.output[: worker.socket.send(worker.output)]
+    except BlockingIOError:
+        return False
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # `_serve` reports the death, and what is left keeps others from trying
+    return True
 
 
 async def _how_ended(worker: Worker) -> str:
