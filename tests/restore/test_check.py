@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from tests.harness import Program, Recorder, repository, scratch
-from tests.restore_case import MIB, Case, case, catalog_packs, chunks, flip_bit
+from tests.harness import Program, Recorder, repository
+from tests.restore.case import MIB, Case, case, catalog_packs, chunks, flip_bit
 
 from coffret.connectors.errors import ConnectorError
 from coffret.connectors.local import LocalConnector
@@ -26,7 +26,7 @@ from coffret.engine.pipeline import Limits
 from coffret.engine.records import encode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from coffret.engine.catalog_walk import LoadedPage
@@ -35,23 +35,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 FAST, FULL = CheckOptions(fast=True), CheckOptions()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
-    monkeypatch.setattr("coffret.engine.check_packs.OPEN_WORKERS", 1)
 
 
 class Checked:

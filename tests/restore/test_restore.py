@@ -7,11 +7,11 @@ import shutil
 import stat
 from dataclasses import replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.harness import Program, needs_root, repository, scratch, with_mounts
-from tests.restore_case import ALL, MIB, Case, case, catalog_packs, chunks, flip, flip_bit
+from tests.restore.case import ALL, MIB, Case, case, catalog_packs, chunks, flip, flip_bit
 from tests.trees import describe, differences
 
 from coffret.engine.entries import make_entry, make_extra
@@ -24,28 +24,10 @@ from coffret.engine.records import ID_BYTES
 from coffret.engine.scan import Scanner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from coffret.engine.records import Entry
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One loop is enough for what is tested here."""
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further processes would take longer to start than these trees to restore."""
-    monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
 
 
 class TestWhich:

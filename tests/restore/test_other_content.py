@@ -9,11 +9,11 @@ import os
 import shutil
 import struct
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from tests.harness import Recorder, repository, scratch
-from tests.restore_case import Case, case, catalog_packs
+from tests.harness import Recorder, repository
+from tests.restore.case import Case, case, catalog_packs
 
 from coffret.engine import sealing
 from coffret.engine.errors import ChunkMissing, reported
@@ -24,29 +24,12 @@ from coffret.engine.records import PackTable, encode
 from coffret.engine.sealing import HEADER_BYTES, RAW
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from coffret.engine.records import IndexObject
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
-    monkeypatch.setattr("coffret.engine.check_packs.OPEN_WORKERS", 1)
 
 
 async def forge_index(c: Case, change: Callable[[IndexObject], None]) -> None:

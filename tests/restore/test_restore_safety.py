@@ -12,8 +12,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.harness import NOBODY, Program, Recorder, needs_root, repository, scratch
-from tests.restore_case import ALL, MIB, case
+from tests.harness import NOBODY, Program, Recorder, needs_root, repository
+from tests.restore.case import ALL, MIB, case
 from tests.trees import describe, differences
 
 from coffret.engine import metadata, restore_jobs
@@ -30,7 +30,6 @@ from coffret.engine.restore_target import open_target
 from coffret.engine.restore_writer import KEPT, LOST, Mark, Writer, read_marks, reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from coffret.engine.progress import Item
@@ -38,22 +37,6 @@ if TYPE_CHECKING:
 # An ACL as the kernel keeps it: u::rwx, u:1234:rwx, g::r-x, m::rwx, o::r-x.
 _ENTRIES = ((1, 7, 0xFFFFFFFF), (2, 7, 1234), (4, 5, 0xFFFFFFFF), (16, 7, 0xFFFFFFFF), (32, 5, 0xFFFFFFFF))
 ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in _ENTRIES)
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
 
 
 class Target:

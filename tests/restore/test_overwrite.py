@@ -5,37 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from tests.harness import scratch
-from tests.restore_case import ALL, Case, case
+from tests.restore.case import ALL, Case, case
 from tests.trees import describe, differences
 
 from coffret.engine.errors import TargetError
 from coffret.engine.filters import PathPatterns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One loop is enough for what is tested here."""
-    return "asyncio", {"use_uvloop": True}
-
-
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further processes would take longer to start than these trees to restore."""
-    monkeypatch.setattr("coffret.engine.ops.restore.OPEN_WORKERS", 1)
 
 
 class TestOverwrite:
