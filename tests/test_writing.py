@@ -59,7 +59,7 @@ class Target:
             assert self.words[1] & 3 == 1
             return real(folder, name, *rest)
 
-        self.writer.unusual = unusual  # type: ignore[method-assign]
+        self.writer.unusual = unusual  # type: ignore[method-assign, assignment]
 
     def write(
         self, *names: bytes, data: bytes = b"content", cuts: tuple[int, ...] = (), extents: bytes = b"", **how: Any
@@ -107,8 +107,8 @@ def without_fowner() -> Iterator[None]:
     libc = ctypes.CDLL(None, use_errno=True)
     get, put = {"x86_64": (125, 126), "aarch64": (90, 91)}[os.uname().machine]
     assert libc.syscall(get, header, before) == 0
-    less[:] = before[:]
-    less[0] &= ~(1 << 3)
+    for at, word in enumerate(before):
+        less[at] = word & ~(1 << 3) if at == 0 else word
     assert libc.syscall(put, header, less) == 0
     try:
         yield
@@ -277,7 +277,7 @@ class TestRefused:
 
     def test_metadata_of_the_wrong_kind(self, place: Path) -> None:
         with closing(Target(place / "target")) as target:
-            files = [(b"bad", b"", (0o644, "nobody", 0, 0, 0, []), [], b""), (b"good", b"", meta(), [], b"")]
+            files: list[Any] = [(b"bad", b"", (0o644, "nobody", 0, 0, 0, []), [], b""), (b"good", b"", meta(), [], b"")]
             [(path, _, lost)] = target.writer.files(1, lambda _: memoryview(b""), [(b"", files)])
             assert (path, lost) == (b"bad", LOST)
             assert os.listdir(target.path) == ["good"]
@@ -309,7 +309,7 @@ class TestRefused:
                 marks.append(target.words[1])
                 return dress(fd, asked)
 
-            target.writer.dress = watched  # type: ignore[method-assign]
+            target.writer.dress = watched  # type: ignore[method-assign, assignment]
             faults: list[tuple[bytes, str, int]] = []
 
             def run() -> None:
@@ -333,7 +333,7 @@ class TestRefused:
             def failing(*_: Any) -> list[str]:
                 raise MemoryError
 
-            target.writer.dress = failing  # type: ignore[method-assign]
+            target.writer.dress = failing  # type: ignore[method-assign, assignment]
             os.chown(place, 0, 0)
             place.chmod(0o777)
             os.chown(target.path, NOBODY, NOBODY)
