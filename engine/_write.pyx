@@ -52,9 +52,10 @@ cdef enum:
     PAGE = 4096
     SECOND_NS = 1_000_000_000
 
-# A file of so many bytes or more goes past the page cache, but for what is left of its last page. Making one of 67 KB
-# costs 55 µs of CPU so instead of 185, and there is nothing left to be flushed; below 20 KB it costs more.
-DIRECT_BYTES = 32 << 10
+# A file of so many bytes or more goes past the page cache, but for what is left of its last page, and there is nothing
+# left to be flushed. Making one of 130 KB costs 55 µs of CPU so, instead of 70 to 280 (the more, the fresher the memory
+# of a virtual machine is); one of 60 KB costs as much as through the cache, and waits for the disk.
+DIRECT_BYTES = 128 << 10
 cdef size_t LEAST_DIRECT = DIRECT_BYTES
 # Each such write waits for the disk. If the first ones take longer than this on average, it is one that had better
 # sort them: a disk that seeks, or that is far away.

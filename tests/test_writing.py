@@ -119,7 +119,7 @@ def without_fowner() -> Iterator[None]:
 SIZES = st.one_of(
     st.integers(0, 10_000),
     st.sampled_from([DIRECT_BYTES - 1, DIRECT_BYTES, DIRECT_BYTES + 1, DIRECT_BYTES + 4096, MIB - 1, MIB, MIB + 1]),
-    st.integers(DIRECT_BYTES, 200_000),
+    st.integers(DIRECT_BYTES, 3 * DIRECT_BYTES),
 )
 OWNERS = [os.geteuid(), os.geteuid() + 1] if os.geteuid() == 0 else [os.geteuid()]
 
