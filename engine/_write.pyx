@@ -48,7 +48,7 @@ cdef enum:
     # What open(2) may give: set-id bits come when the content is whole.
     PLAIN = 0o777
     PRIVATE = 0o600
-    UNOWNED = 0o1777  # as `metadata.allowed_mode` has it
+    UNOWNED = 0o1777
     PAGE = 4096
     SECOND_NS = 1_000_000_000
 
@@ -130,6 +130,20 @@ cdef class SmallWriter:
             self.word[0] = 0
         return faults
 
+    def usual_metadata(self, int fd, meta not None):
+        """Set the metadata of an open file or directory; False if it has attributes, or can't be set in all respects."""
+        cdef bint done
+        cdef uint32_t uid, gid, asked
+        cdef int64_t mtime
+        mode, owner, group, _, mtime_ns, xattrs = meta
+        if xattrs or not EARLIEST <= mtime_ns <= LATEST:
+            return False
+        uid, gid, mtime = owner, group, mtime_ns
+        asked = self.allowed(mode, uid, gid)
+        with nogil:
+            done = self.dress(fd, asked, uid, gid, mtime)
+        return done
+
     cdef object write(
         self,
         writer,
@@ -149,10 +163,8 @@ cdef class SmallWriter:
         cdef const char* named = PyBytes_AS_STRING(name) if temporary else NULL
         cdef int fd
         cdef bint finished
-        cdef uint32_t asked = mode & PERMISSIONS
+        cdef uint32_t asked = self.allowed(mode, uid, gid)
         cdef bint ours = uid == self.uid and gid == self.gid
-        if not self.owner and not ours:
-            asked &= UNOWNED
         self.word[0] = mark | 1
         # Private until it has its owner; and no set-id bits before the content is whole.
         fd = create(folder, made, asked & PLAIN if ours or not self.owner else PRIVATE)
@@ -175,6 +187,12 @@ cdef class SmallWriter:
         if not finished:
             raise OSError(self.error, os.strerror(self.error))
         return notes
+
+    cdef uint32_t allowed(self, uint32_t mode, uint32_t uid, uint32_t gid) noexcept:
+        """The permissions to set: see `metadata.allowed_mode`."""
+        if self.owner or (uid == self.uid and gid == self.gid):
+            return mode & PERMISSIONS
+        return mode & UNOWNED
 
     cdef int fill(self, int fd, list data) except -1:
         """Write the content."""

@@ -314,8 +314,10 @@ class Writer:
         for path, meta in directories:
             try:
                 fd = self._places.enter(path)
-                notes = apply(fd, meta, owner=self._owner, strip=self._wary or not path)
-                faults += [(path, note, KEPT) for note in notes]
+                strip = self._wary or not path
+                if strip or not self._small.usual_metadata(fd, meta):
+                    notes = apply(fd, meta, owner=self._owner, strip=strip)
+                    faults += [(path, note, KEPT) for note in notes]
             except OSError as error:
                 faults.append((path, reason_of(error), LOST))
         return faults

@@ -182,6 +182,45 @@ class TestUsual:
             assert (target.path / "file").read_bytes() == data
 
 
+class TestDirectories:
+    @pytest.mark.parametrize("owner", [True, False])
+    @pytest.mark.parametrize("uid", OWNERS)
+    @pytest.mark.parametrize("mode", [0, 0o500, 0o755, 0o2775, 0o1777, 0o7777])
+    def test_metadata(self, place: Path, mode: int, uid: int, owner: bool) -> None:
+        """As the careful way sets it, also where that is what sets it."""
+        with closing(Target(place / "target", owner=owner)) as target:
+            usual: tuple[Any, ...] = (stat.S_IFDIR | mode, uid, os.getegid(), 0, -7_000_000_001, [])
+            special = (*usual[:5], [(b"user.own", b"value")])
+            assert target.writer.directories([(b"a/b", usual), (b"a/c", special), (b"a", usual)]) == []
+            for path in (target.path / "a", target.path / "a" / "b", target.path / "a" / "c"):
+                status = path.stat()
+                assert status.st_uid == (uid if owner else os.geteuid())
+                assert stat.S_IMODE(status.st_mode) == metadata.allowed_mode(usual, owner=owner)
+                assert status.st_mtime_ns == usual[4]
+            assert os.listxattr(target.path / "a" / "c") == ["user.own"]
+
+    def test_one_that_is_in_the_way(self, place: Path) -> None:
+        with closing(Target(place / "target")) as target:
+            (target.path / "a").write_bytes(b"file")
+            [(path, _, lost)] = target.writer.directories([(b"a", (stat.S_IFDIR | 0o755, 0, 0, 0, 0, []))])
+            assert (path, lost) == (b"a", LOST)
+
+    @needs_root
+    def test_owners_that_are_refused(self, place: Path) -> None:
+        place.chmod(0o777)
+        os.seteuid(NOBODY)
+        try:
+            with closing(Target(place / "target")) as target:
+                asked: tuple[Any, ...] = (stat.S_IFDIR | 0o2755, 0, 0, 0, 5, [])
+                [(path, reason, kept)] = target.writer.directories([(b"a", asked)])
+                assert (path, kept) == (b"a", KEPT)
+                assert "owner not set" in reason
+                status = (target.path / "a").stat()
+                assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o700, 5)
+        finally:
+            os.seteuid(0)
+
+
 class TestUnusual:
     """What the compiled writer leaves to the careful one."""
 
