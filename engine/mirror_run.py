@@ -144,6 +144,18 @@ class Run:
             or find(item[2], at * row_bytes + less, end * row_bytes + less) < 0
         ]
 
+    def first(self, chunk_id: bytes) -> tuple[bytes, int, int, int, int, int, int, int] | None:
+        """The first row of a chunk, unpacked: as a rule there is only one."""
+        bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift
+        table, less = self._table, self._rows_less
+        first = table[bucket] * ROW.size + less
+        at = self._map.find(chunk_id, first, table[bucket + 1] * ROW.size + less)
+        if at < 0:
+            return None
+        if (at - first) % ROW.size:
+            return next(self.find(chunk_id), None)
+        return ROW.unpack_from(self._map, at)
+
     def find(self, chunk_id: bytes) -> Iterator[tuple[bytes, int, int, int, int, int, int, int]]:
         """Iterate over the rows of a chunk, unpacked."""
         bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift

@@ -91,18 +91,48 @@ class View:
         return Sifted(absent, adopt)
 
     def locate(self, ids: Sequence[bytes], avoid: frozenset[bytes]) -> list[Location | None]:
-        """The best location of each: not in a pack to avoid, and sure rather than pending, if there is a choice."""
+        """The best location of each: not in a pack to avoid, and sure rather than pending, if there is a choice.
+
+        Some 1.5 µs a chunk that lies in a good pack.
+        """
+        # Of each run the packs that were met, by section: those where there is no need to look further.
+        good: list[tuple[Run, dict[int, tuple[bytes, int, bytes] | None]]] = [(run, {}) for run in self.runs]
         best: list[Location | None] = []
         for chunk in ids:
-            found, rank = None, -1
-            for state, location in self.locations(chunk, self.runs):
-                this = state + (0 if location.pack in avoid else 2)
-                if this > rank:
-                    found, rank = location, this
-                    if rank == SURE + 2:
-                        break
+            found = None
+            for run, packs in good:
+                if (row := run.first(chunk)) is None:
+                    continue
+                _, section, offset, stored, raw, inner, length, codec = row
+                try:
+                    pack = packs[section]
+                except KeyError:
+                    pack = packs[section] = self._good(run, section, avoid)
+                if pack is None:
+                    found = self._best(chunk, avoid)
+                else:
+                    found = Location(*pack, offset, stored, raw, codec, inner, length)
+                break
             best.append(found)
         return best
+
+    def _good(self, run: Run, section: int, avoid: frozenset[bytes]) -> tuple[bytes, int, bytes] | None:
+        """The pack of a section, if nothing can be better: its id, its size and its header."""
+        span = run.span(section)
+        if span is None or self.state(span) != SURE:
+            return None
+        pack, header, size_bytes = run.pack(section)
+        return None if pack in avoid else (pack, size_bytes, header)
+
+    def _best(self, chunk: bytes, avoid: frozenset[bytes]) -> Location | None:
+        found, rank = None, -1
+        for state, location in self.locations(chunk, self.runs):
+            this = state + (0 if location.pack in avoid else 2)
+            if this > rank:
+                found, rank = location, this
+                if rank == SURE + 2:
+                    break
+        return found
 
     def packs(self) -> Iterator[list[tuple[bytes, int]]]:
         """Lists of (pack id, size in bytes), one list an index object or a part of one."""

@@ -125,6 +125,7 @@ class OpenWorker:
         _, data_key, self.id_key, repository_id, owner, sparse, wary, unlock, _ = message
         self._sealer = Sealer(Secrets(data_key, self.id_key, b""), repository_id)
         if len(descriptors) > 1:
+            os.umask(0)  # each file gets its mode when it is made
             words = memoryview(mmap.mmap(descriptors[0], 0)).cast("Q")
             self._writer = Writer(
                 descriptors[1],
@@ -150,7 +151,7 @@ class OpenWorker:
                 return self._writer.nodes(job, *rest)
             if kind == "finish":
                 return self._writer.finish(*rest)
-            return self._writer.kept(*rest) if kind == "kept" else self._writer.directories(*rest)
+            return self._writer.refresh(*rest) if kind == "kept" else self._writer.directories(*rest)
         except Exception as error:
             return [(-1 if kind == "pack" else b"", reason_of(error), LOST)]
 

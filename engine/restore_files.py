@@ -5,69 +5,43 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
+from anyio.lowlevel import checkpoint
 
 from coffret.engine.catalog_reader import Attributes, content_length
-from coffret.engine.errors import ChunkMissing, Damaged
+from coffret.engine.errors import Damaged
 from coffret.engine.fetch import fetch_into
 from coffret.engine.metadata import without_xattrs
-from coffret.engine.records import iter_refs
-from coffret.engine.restore_jobs import LargeFile, Window, file_meta
+from coffret.engine.records import REF_BYTES, iter_refs
+from coffret.engine.restore_copies import Copies, Failed, Part, unlocated
+from coffret.engine.restore_jobs import LargeFile, Window, file_meta, is_whole
 from coffret.engine.restore_writer import KEPT, LOST
 from coffret.engine.settings import RESTORE_STREAM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Set
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskGroup
 
     from coffret.engine.catalog_reader import Catalog
     from coffret.engine.fetch import Fetcher
     from coffret.engine.metadata import Meta
-    from coffret.engine.mirror import Location
     from coffret.engine.openpool import OpenPool
     from coffret.engine.places import Places
     from coffret.engine.records import Entry
+    from coffret.engine.restore_copies import Spot
     from coffret.engine.restore_jobs import Chunk
     from coffret.engine.restore_report import Report
 
     Faults = list[tuple[bytes, str, int]]
 
 _NO_ATTRIBUTES = Attributes([], b"")
-# Small files are located this many at a time: asking the mirror costs a hop of 60 µs or more.
-_FILES = 512
-
-# Where a chunk was sought: (pack, offset of the block, offset in it).
-Spot = tuple[bytes, int, int]
-
-
-class _Failed(NamedTuple):
-    """A small file of which a block was damaged, and where its chunks were sought until now."""
-
-    directory: bytes
-    name: bytes
-    meta: Meta
-    refs: list[tuple[bytes, int]]
-    extents: bytes
-    tried: frozenset[Spot]
-    reason: str
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """One chunk of a large file to be written: where, and where it was sought until now."""
-
-    large: LargeFile
-    offset: int
-    length: int
-    skip: int
-    chunk_id: bytes
-    chunk_bytes: int
-    reason: str
-    tried: set[Spot] = field(default_factory=set)
+_NO_XATTRS: list[tuple[bytes, bytes]] = []
+# Small files are located this many at a time, some windows' worth, so that blocks which two windows need are few: with
+# 512 a third more was opened than there is, so 7 %. And other copies are sought when so many files have failed.
+_FILES, _FAILED = 8192, 512
 
 
 class FileWriter:
@@ -94,10 +68,10 @@ class FileWriter:
         self._windows: dict[int, Window] = {}
         self._large: dict[int, LargeFile] = {}
         # What another copy is to be found for; of files in windows where their chunks were sought before.
-        self._failed: list[_Failed] = []
-        self._parts: list[_Part] = []
+        self._failed: list[Failed] = []
+        self._parts: list[Part] = []
         self._tried: dict[bytes, frozenset[Spot]] = {}
-        self._relisted = False
+        self._copies = Copies(fetcher.mirror, pool.slab_bytes)
 
     async def add(self, place: bytes, entry: Entry) -> None:
         """Restore a regular file, some time."""
@@ -107,7 +81,7 @@ class FileWriter:
         self._files.append((place, entry))
         if len(self._files) >= _FILES:
             await self._locate()
-        if len(self._failed) + len(self._parts) >= _FILES:
+        if len(self._failed) + len(self._parts) >= _FAILED:
             await self._retry()
 
     async def settle(self) -> None:
@@ -138,32 +112,55 @@ class FileWriter:
     # Small files ------------------------------------------------------------------------------------------------------
 
     async def _locate(self) -> None:
-        """Add the files that have come together to the window, which is sent off whenever it is full."""
+        """Add the files that have come together to windows, which are sent off as they become full."""
         files, self._files = self._files, []
-        refs = [list(iter_refs(entry.content)) for _, entry in files]
-        locations = iter(await self._fetcher.mirror.locate([chunk_id for found in refs for chunk_id, _ in found]))
-        for (place, entry), found in zip(files, refs, strict=True):
-            chunks = [(chunk_id, length, next(locations)) for chunk_id, length in found]
-            path = place + b"/" + entry.name if place else entry.name
-            try:
-                meta, extents = await self.meta(path, entry)
-                if sum([length for _, length in found]) != content_length(entry, extents):
-                    raise Damaged("its chunks are not those of a file of its size")
-                if any(location is None or location.length != length for _, length, location in chunks):
-                    chunks = await self._others(found, frozenset()) or _unlocated(found)
-            except Damaged as error:
-                self._report.fault(path, str(error))
-                continue
+        refs = list(iter_refs(b"".join([entry.content for _, entry in files])))
+        locations = await self._fetcher.mirror.locate([chunk_id for chunk_id, _ in refs])
+        every = [(chunk_id, length, found) for (chunk_id, length), found in zip(refs, locations, strict=True)]
+        located: list[tuple[bytes, int, int, bytes, Entry, Meta, Sequence[Chunk], bytes]] = []
+        end = 0
+        for number, (place, entry) in enumerate(files):
+            begin, end = end, end + len(entry.content) // REF_BYTES
+            chunks: Sequence[Chunk] = every[begin:end]
+            extents = b""
+            if entry.extra is None and is_whole(entry, chunks):
+                meta: Meta = (entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns, _NO_XATTRS)
+            else:
+                try:
+                    meta, extents, chunks = await self._look_closer(place, entry, chunks)
+                except Damaged as error:
+                    self._report.fault(_path(place, entry.name), str(error))
+                    continue
+            first = chunks[0][2] if chunks else None
+            pack, offset = (first.pack, first.offset) if first is not None else (b"", 0)
+            located.append((pack, offset, number, place, entry, meta, chunks, extents))
+        # By blocks, since one that two windows need is opened twice: a backup fills them as its workers come to read,
+        # so that neighbours among files are neighbours among blocks only by and large.
+        located.sort()
+        for *_, place, entry, meta, chunks, extents in located:
             if not await self._take(place, entry.name, meta, chunks, extents):
                 await self._write_large(place, entry)
 
+    async def _look_closer(
+        self, place: bytes, entry: Entry, chunks: Sequence[Chunk]
+    ) -> tuple[Meta, bytes, Sequence[Chunk]]:
+        """What to write of a file that has more than content, or whose chunks are not where they were sought first.
+
+        :raises Damaged: if it can't be had
+        """
+        meta, extents = await self.meta(_path(place, entry.name), entry)
+        if sum([length for _, length, _ in chunks]) != content_length(entry, extents):
+            raise Damaged("its chunks are not those of a file of its size")
+        if any(location is None or location.length != length for _, length, location in chunks):
+            refs = [(chunk_id, length) for chunk_id, length, _ in chunks]
+            chunks = await self._copies.others(refs, frozenset()) or unlocated(refs)
+        return meta, extents, chunks
+
     async def _take(self, place: bytes, name: bytes, meta: Meta, chunks: Sequence[Chunk], extents: bytes) -> bool:
         """Add a file to the window, sending off what is in it if it is full; False if it fits into none."""
-        if not self._window.fits(chunks):
+        if not self._window.take(place, name, meta, chunks, extents, temporary=self._temporary):
             await self._flush()
-            if not self._window.fits(chunks):
-                return False
-        self._window.add(place, name, meta, chunks, extents, temporary=self._temporary)
+            return self._window.take(place, name, meta, chunks, extents, temporary=self._temporary)
         return True
 
     async def _flush(self) -> None:
@@ -173,6 +170,7 @@ class FileWriter:
             return
         slab = await self._pool.acquire()
         self._group.start_soon(self._send_window, window, slab)
+        await checkpoint()  # so that it is on its way while others are located
 
     async def _send_window(self, window: Window, slab: int) -> None:
         blocks = await fetch_into(self._fetcher, window.blocks, self._pool.view(slab))
@@ -187,8 +185,7 @@ class FileWriter:
 
     def _written(self, window: Window, faults: Faults) -> None:
         if not faults and not self._report.wants_items and not self._tried:
-            for _, files in window.groups:
-                self._report.files(len(files), sum([meta[3] for _, _, meta, _, _ in files]))
+            self._report.files(window.files, window.size_bytes)
             return
         damaged: dict[bytes, tuple[str, int]] = {}
         failed: set[bytes] = set()
@@ -201,14 +198,14 @@ class FileWriter:
             self._report.fault(path, reason)
         for directory, files in window.groups:
             for name, _, meta, parts, extents in files:
-                path = directory + b"/" + name if directory else name
+                path = _path(directory, name)
                 tried = self._tried.pop(path, frozenset())
                 if path in damaged:
                     reason, block = damaged[path]
                     at = window.blocks[block]
                     tried |= {(at.pack, at.offset, inner) for number, inner, _, _ in parts if number == block}
                     refs = [(chunk_id, length) for _, _, length, chunk_id in parts]
-                    self._failed.append(_Failed(directory, name, meta, refs, extents, tried, reason))
+                    self._failed.append(Failed(directory, name, meta, refs, extents, tried, reason))
                 elif path not in failed:
                     self._report.file(path, meta[3])
 
@@ -216,7 +213,7 @@ class FileWriter:
 
     async def _write_large(self, place: bytes, entry: Entry) -> None:
         """Write a large file in pieces, out of order; it gets its name when all of it is there."""
-        path = place + b"/" + entry.name if place else entry.name
+        path = _path(place, entry.name)
         try:
             meta, extents = await self.meta(path, entry)
         except Damaged as error:
@@ -244,8 +241,8 @@ class FileWriter:
             found = list(iter_refs(refs))
             locations = await self._fetcher.mirror.locate([chunk_id for chunk_id, _ in found])
             for (chunk_id, length), location in zip(found, locations, strict=True):
-                if location is None or not self._usable(location, length):
-                    [(_, _, location)] = await self._others([(chunk_id, length)], frozenset()) or _unlocated(
+                if location is None or not self._copies.usable(location, length):
+                    [(_, _, location)] = await self._copies.others([(chunk_id, length)], frozenset()) or unlocated(
                         [(chunk_id, length)]
                     )
                     assert location is not None
@@ -293,7 +290,7 @@ class FileWriter:
             offset = begin
             for number, inner, chunk_bytes, chunk_id in parts:
                 count = min(chunk_bytes - skip, begin + length - offset)
-                part = _Part(large, offset, count, skip, chunk_id, chunk_bytes, reason)
+                part = Part(large, offset, count, skip, chunk_id, chunk_bytes, reason)
                 if number == block:
                     part.tried.add((at.pack, at.offset, inner))
                 self._parts.append(part)
@@ -303,7 +300,7 @@ class FileWriter:
     def _finish(self, large: LargeFile) -> None:
         if not large.complete or large.unfinished:
             return
-        path = large.directory + b"/" + large.name if large.directory else large.name
+        path = _path(large.directory, large.name)
 
         def done(faults: Faults) -> None:
             del self._large[id(large)]
@@ -324,8 +321,8 @@ class FileWriter:
         failed, self._failed = self._failed, []
         parts, self._parts = self._parts, []
         for each in failed:
-            path = each.directory + b"/" + each.name if each.directory else each.name
-            chunks = await self._others(each.refs, each.tried)
+            path = _path(each.directory, each.name)
+            chunks = await self._copies.others(each.refs, each.tried)
             if chunks is None:
                 self._report.fault(path, each.reason)
                 continue
@@ -336,9 +333,9 @@ class FileWriter:
         for part in parts:
             await self._retry_part(part)
 
-    async def _retry_part(self, part: _Part) -> None:
+    async def _retry_part(self, part: Part) -> None:
         large = part.large
-        found = None if large.reason else await self._others([(part.chunk_id, part.chunk_bytes)], part.tried)
+        found = None if large.reason else await self._copies.others([(part.chunk_id, part.chunk_bytes)], part.tried)
 
         def done(faults: Faults) -> None:
             large.unfinished -= 1
@@ -358,33 +355,6 @@ class FileWriter:
         window = Window(self._pool.slab_bytes)
         writes = [(part.offset, part.length, part.skip, [window.part(part.chunk_id, part.chunk_bytes, location)])]
         await self._submit_piece(large, window, writes, done)
-
-    async def _others(
-        self, refs: Sequence[tuple[bytes, int]], tried: frozenset[Spot] | set[Spot]
-    ) -> list[Chunk] | None:
-        """Where chunks can be had, elsewhere than was tried; None if one can't be. Lists anew once, before that."""
-        chunks: list[Chunk] = []
-        for chunk_id, length in refs:
-            location = await self._other(chunk_id, length, tried)
-            if location is None:
-                return None
-            chunks.append((chunk_id, length, location))
-        return chunks
-
-    async def _other(self, chunk_id: bytes, length: int, tried: Set[Spot]) -> Location | None:
-        mirror = self._fetcher.mirror
-        while True:
-            for found in await mirror.locate_all(chunk_id):
-                if self._usable(found, length) and (found.pack, found.offset, found.inner) not in tried:
-                    return found
-            if mirror.relist is None or self._relisted:
-                return None
-            self._relisted = True
-            await mirror.relist()
-
-    def _usable(self, location: Location, length: int) -> bool:
-        """Whether a chunk can be as a location says: of the length that its ref says, and no larger than any is."""
-        return location.length == length and max(location.stored_bytes, length) <= self._pool.slab_bytes
 
     # After a failure --------------------------------------------------------------------------------------------------
 
@@ -406,16 +376,12 @@ class FileWriter:
                 os.unlink(name, dir_fd=folder)
 
 
+def _path(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name
+
+
 def each_its_own(faults: Faults, paths: Sequence[bytes]) -> Faults:
     """Faults by path; one without a path is of the job, and so of all the paths it was for."""
     if any(not path for path, _, _ in faults):
         return [(path, faults[0][1], LOST) for path in paths]
     return faults
-
-
-def _unlocated(refs: Sequence[tuple[bytes, int]]) -> list[Chunk]:
-    """There is nothing where these could be.
-
-    :raises ChunkMissing: always
-    """
-    raise ChunkMissing(f"chunk {refs[0][0].hex()[:16]} is in no pack" if len(refs) == 1 else "a chunk is in no pack")

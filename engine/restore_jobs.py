@@ -26,6 +26,16 @@ _MAX_FILES, _MAX_RAW_BYTES = 1024, 16 << 20
 _MAX_BLOCK_BYTES = 64 << 20
 
 
+def is_whole(entry: Entry, chunks: Sequence[Chunk]) -> bool:
+    """Whether all of a file's chunks were found, and are as long together as a file without holes is."""
+    total = 0
+    for _, length, found in chunks:
+        if found is None or found.length != length:
+            return False
+        total += length
+    return total == entry.size
+
+
 def file_meta(entry: Entry, xattrs: Sequence[tuple[bytes, bytes]]) -> tuple[Any, ...]:
     """What a worker sets on what it made: (mode, uid, gid, size, mtime_ns, xattrs)."""
     return entry.mode, entry.uid, entry.gid, entry.size, entry.mtime_ns, list(xattrs)
@@ -39,8 +49,8 @@ def temporary_name() -> bytes:
 class Window:
     """The blocks that fit in one slab, and the files made of them.
 
-    `files`: how many. `groups`: [(directory, [(name, temporary, meta, parts, extents)])]; a part is (block, inner,
-    length, chunk id).
+    `files`: how many, of `size_bytes` together. `groups`: [(directory, [(name, temporary, meta, parts, extents)])]; a
+    part is (block, inner, length, chunk id).
     """
 
     def __init__(self, slab_bytes: int) -> None:
@@ -50,7 +60,7 @@ class Window:
         self._slab_bytes = slab_bytes
         self._numbers: dict[tuple[bytes, int], int] = {}
         self._stored_bytes = self._block_bytes = 0
-        self.files = 0
+        self.files = self.size_bytes = 0
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether another file of these chunks, or a file at all, fits."""
@@ -76,7 +86,7 @@ class Window:
         self.raw_bytes += length
         return number, location.inner, length, chunk_id
 
-    def add(
+    def take(
         self,
         directory: bytes,
         name: bytes,
@@ -85,13 +95,30 @@ class Window:
         extents: bytes,
         *,
         temporary: bool,
-    ) -> None:
-        """Add a whole file."""
-        parts = [self.part(chunk_id, length, found) for chunk_id, length, found in chunks if found is not None]
+    ) -> bool:
+        """Add a whole file; False if it does not fit, or had better begin another window."""
+        if self.files >= _MAX_FILES or self.raw_bytes >= _MAX_RAW_BYTES:
+            return False
+        parts, raw_bytes = [], 0
+        for chunk_id, length, found in chunks:
+            if found is None or (number := self._numbers.get((found.pack, found.offset))) is None:
+                # A block that is new here: one that is nearly full had better end with the block before.
+                if self.files >= _MAX_FILES * 7 // 8 or self.raw_bytes >= _MAX_RAW_BYTES * 7 // 8:
+                    return False
+                if not self.fits(chunks):
+                    return False
+                parts = [self.part(chunk_id, length, found) for chunk_id, length, found in chunks if found is not None]
+                raw_bytes = 0
+                break
+            parts.append((number, found.inner, length, chunk_id))
+            raw_bytes += length
+        self.raw_bytes += raw_bytes
         if not self.groups or self.groups[-1][0] != directory:
             self.groups.append((directory, []))
         self.groups[-1][1].append((name, temporary_name() if temporary else b"", meta, parts, extents))
         self.files += 1
+        self.size_bytes += meta[3]
+        return True
 
     def made(self, number: int) -> tuple[bytes, bytes]:
         """Where the n-th file is made: (directory, the name it has meanwhile)."""

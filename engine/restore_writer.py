@@ -17,6 +17,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any
 
+from coffret.engine._write import SmallWriter
 from coffret.engine.errors import Damaged
 from coffret.engine.metadata import apply, refresh
 from coffret.engine.places import Places
@@ -53,19 +54,19 @@ class Mark:
     """What a worker is at, in shared memory: the job, which of its entries, and whether it has been created."""
 
     def __init__(self, words: memoryview, number: int) -> None:
-        self._words, self._number = words, number
+        self.words, self.number = words, number
 
     def begin(self, job: int, entry: int) -> None:
         """An entry's name is about to be taken."""
-        self._words[self._number] = job << 32 | entry << 2 | 1
+        self.words[self.number] = job << 32 | entry << 2 | 1
 
     def created(self) -> None:
         """It was taken, by what is not whole yet."""
-        self._words[self._number] |= 2
+        self.words[self.number] |= 2
 
     def end(self) -> None:
         """Nothing is at work that would have to be removed."""
-        self._words[self._number] = 0
+        self.words[self.number] = 0
 
 
 def read_marks(words: memoryview) -> list[tuple[int, int, bool]]:
@@ -83,30 +84,35 @@ class Writer:
         self._mark, self._owner, self._sparse, self._wary = mark, owner, sparse, wary
         self._buffer = mmap.mmap(-1, buffer_bytes)
         self._direct = True
+        self._small = SmallWriter(self._buffer, mark.words, mark.number, owner=owner)
 
     def files(self, job: int, opened: Opened, groups: list[tuple[bytes, list[Any]]]) -> list[Fault]:
         """Whole files: groups = [(directory, [(name, temporary, meta, parts, extents)])]."""
         faults: list[Fault] = []
         number = 0
         for directory, files in groups:
-            for name, temporary, meta, parts, extents in files:
-                path = directory + b"/" + name if directory else name
-                try:
-                    data = [opened(part) for part in parts]
-                    folder = self._places.enter(directory)
-                    self._mark.begin(job, number)
-                    notes = self._write_file(folder, name, temporary, meta, data, extents)
-                    if notes:
-                        faults += [(path, note, KEPT) for note in notes]
-                except Exception as error:
-                    faults.append((path, reason_of(error), error.block if isinstance(error, DamagedPart) else LOST))
-                self._mark.end()
-                number += 1
+            faults += self._small.group(self, opened, job, number, directory, files)
+            number += len(files)
         return faults
 
-    def _write_file(
+    # What `SmallWriter` asks for: see `_write.UnusualWriter` ----------------------------------------------------------
+
+    def enter(self, directory: bytes) -> int:
+        """A descriptor of a directory, by its path below the root.
+
+        :raises OSError: if it can't be entered or made
+        """
+        return self._places.enter(directory)
+
+    @property
+    def inherits(self) -> bool:
+        """Whether what is made in the directory entered last gets an ACL that is not its own."""
+        return self._places.inherits
+
+    def unusual(
         self, folder: int, name: bytes, temporary: bytes, meta: Meta, data: list[memoryview], extents: bytes
     ) -> list[str]:
+        """Write a file with holes, with attributes, or where ACLs are handed down; return notes on what is not set."""
         made = temporary or name
         fd = os.open(made, _CREATE, 0o600, dir_fd=folder)
         self._mark.created()
@@ -119,7 +125,7 @@ class Writer:
                 else:
                     for part in data:
                         write_fully(fd, part)
-                notes += apply(fd, meta, owner=self._owner, strip=self._places.inherits)
+                notes += self.dress(fd, meta)
             finally:
                 os.close(fd)
             if temporary:
@@ -129,6 +135,22 @@ class Writer:
                 os.unlink(made, dir_fd=folder)
             raise
         return notes
+
+    def dress(self, fd: int, meta: Meta) -> list[str]:
+        """Set the metadata of an open file, as far as the system lets it be set."""
+        return apply(fd, meta, owner=self._owner, strip=self._places.inherits)
+
+    def kept(self, directory: bytes, name: bytes, notes: list[str]) -> list[Fault]:
+        """Faults of a file that is there."""
+        path = directory + b"/" + name if directory else name
+        return [(path, note, KEPT) for note in notes]
+
+    def lost(self, directory: bytes, name: bytes, error: Exception) -> Fault:
+        """The fault of a file that is not there."""
+        path = directory + b"/" + name if directory else name
+        return path, reason_of(error), error.block if isinstance(error, DamagedPart) else LOST
+
+    # Large files ------------------------------------------------------------------------------------------------------
 
     def piece(
         self,
@@ -208,7 +230,7 @@ class Writer:
                 return []
             fd = self._again(directory, temporary, *identity)
             try:
-                notes = apply(fd, meta, owner=self._owner, strip=self._places.inherits)
+                notes = self.dress(fd, meta)
             finally:
                 os.close(fd)
             try:
@@ -267,7 +289,7 @@ class Writer:
         finally:
             os.close(handle)
 
-    def kept(self, entries: list[tuple[bytes, bytes, Meta]]) -> list[Fault]:
+    def refresh(self, entries: list[tuple[bytes, bytes, Meta]]) -> list[Fault]:
         """Set the metadata of what stays because it has the content already: (directory, name, meta)."""
         faults: list[Fault] = []
         for directory, name, meta in entries:
@@ -292,8 +314,10 @@ class Writer:
         for path, meta in directories:
             try:
                 fd = self._places.enter(path)
-                notes = apply(fd, meta, owner=self._owner, strip=self._wary or not path)
-                faults += [(path, note, KEPT) for note in notes]
+                strip = self._wary or not path
+                if strip or not self._small.usual_metadata(fd, meta):
+                    notes = apply(fd, meta, owner=self._owner, strip=strip)
+                    faults += [(path, note, KEPT) for note in notes]
             except OSError as error:
                 faults.append((path, reason_of(error), LOST))
         return faults

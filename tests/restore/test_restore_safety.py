@@ -137,7 +137,8 @@ class TestRefused:
         asked: tuple[Any, ...]
         with closing(Target(place / "target")) as target, monkeypatch.context() as patch:
             patch.setattr(os, call, refused)
-            asked = (stat.S_IFREG | 0o6755, os.geteuid() + 1, os.getegid() + 1, 4, 5, [])
+            # With an attribute, it is not the compiled writer's (see test_writing).
+            asked = (stat.S_IFREG | 0o6755, os.geteuid() + 1, os.getegid() + 1, 4, 5, [(b"user.own", b"value")])
             group = (b"", [(b"file", b"", asked, [(0, 0, 4, b"")], b"")])
             faults = target.writer.files(1, lambda _: memoryview(b"data"), [group])
             assert [(path, kind) for path, _, kind in faults] == [(b"file", KEPT)]
@@ -254,7 +255,7 @@ class TestInterrupted:
         target.mkdir()
         window = Window(MIB)
         for name in (b"done", b"begun", b"after"):
-            window.add(b"", name, meta(stat.S_IFREG | 0o644), [], b"", temporary=False)
+            assert window.take(b"", name, meta(stat.S_IFREG | 0o644), [], b"", temporary=False)
             (target / os.fsdecode(name)).write_bytes(b"content")
         words = memoryview(bytearray(16)).cast("Q")
         mark = Mark(words, 1)
@@ -421,7 +422,9 @@ def test_a_window_opens_so_much_and_no_more() -> None:
     """Blocks of zeros are small as stored, and a worker opens all that its window needs."""
     window = Window(8 * MIB)
     count = 0
-    while window.fits(chunk := [(b"", 10, Location(bytes(32), 0, b"", count * 1000, 1000, 8 * MIB, 1, 0, 10))]):
-        window.add(b"", b"%d" % count, meta(stat.S_IFREG | 0o644, 10), chunk, b"", temporary=False)
+    while True:
+        chunk = [(b"", 10, Location(bytes(32), 0, b"", count * 1000, 1000, 8 * MIB, 1, 0, 10))]
+        if not window.take(b"", b"%d" % count, meta(stat.S_IFREG | 0o644, 10), chunk, b"", temporary=False):
+            break
         count += 1
     assert count * 8 * MIB == 64 * MIB
