@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import anyio
 from anyio import to_thread
 from blake3 import blake3
 
@@ -20,7 +21,7 @@ from coffret.engine.check_packs import PackCheck
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.fetch import Fetcher, unreadable
 from coffret.engine.packfile import pack_name
-from coffret.engine.progress import Item
+from coffret.engine.progress import Item, Progress
 from coffret.engine.records import iter_refs
 from coffret.engine.units import format_size
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector
     from coffret.engine.catalog import Key
     from coffret.engine.mirror import Mirror
-    from coffret.engine.progress import Progress
     from coffret.engine.records import Entry, PageRef
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
@@ -67,14 +67,17 @@ async def check(
     commits = await repository.commits()
     work = _Check(repository, options, progress)
     if targets is None:
+        targets = [(snapshot, None) for snapshot in commits.snapshots]
         await check_objects(repository, work.damage, progress)
-        await work.packs.run(None)
+        ahead = await work.packs_and_files(targets)
         if (unnamed := work.packs.unnamed())[0]:
             progress.note(
                 f"packs that no index object names: {unnamed[0]}, of {format_size(unnamed[1])}; a backup at work, "
                 "or one that was interrupted, has put them"
             )
-        targets = [(snapshot, None) for snapshot in commits.snapshots]
+        if ahead is not None:
+            work.take_over(ahead)
+            return work.damage.summary
     else:
         targets = [(snapshot, path if path is None else clean_path(path)) for snapshot, path in targets]
         await work.paths(targets)
@@ -111,12 +114,41 @@ def _digest(data: bytes) -> bytes:
 
 class _Check:
     def __init__(self, repository: Repository, options: CheckOptions, progress: Progress) -> None:
-        self._repository, self._progress = repository, progress
+        self._repository, self._options, self._progress = repository, options, progress
         self.damage = Damage(progress)
         self.packs = PackCheck(repository, self.damage, progress, fast=options.fast, workers=options.workers)
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
         self._look(repository.mirror)
+
+    async def packs_and_files(self, targets: Targets) -> CheckSummary | None:
+        """Verify all packs, and meanwhile in silence the files of snapshots as if no pack were damaged.
+
+        Returns what was found of the files if that is how it is; else they are to be verified anew, and to be told of.
+        """
+        ahead = _Check(self._repository, self._options, Progress())
+        well = False
+
+        async def walk() -> None:
+            nonlocal well
+            with suppress(CoffretError, ConnectorError):
+                await ahead.snapshots(targets)
+                well = ahead.damage.summary.clean
+
+        async with anyio.create_task_group() as group:
+            # Who wants to see each file is to see it once.
+            if self._progress.on_item is None:
+                group.start_soon(walk)
+            await self.packs.run(None)
+            if not self.damage.summary.clean:
+                group.cancel_scope.cancel()
+        return ahead.damage.summary if well and self.damage.summary.clean else None
+
+    def take_over(self, found: CheckSummary) -> None:
+        """Tell of files what was found by another, all of it good."""
+        summary, progress = self.damage.summary, self._progress
+        progress.phase, progress.files, progress.files_total = "files", found.files, found.files
+        summary.snapshots, summary.files = found.snapshots, found.files
 
     def _look(self, mirror: Mirror) -> None:
         """Go by this view of the index."""
