@@ -90,6 +90,7 @@ def damage(stage: Stage, kind: str, how: str) -> tuple[Path, bytes]:
     return path, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "how"), CASES)
 def test_damaged_object(stage: Stage, kind: str, how: str) -> None:
     """Each command says so and goes as far as it can; when the object is put back, nothing is lost."""

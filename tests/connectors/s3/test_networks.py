@@ -121,24 +121,28 @@ class TestNetworks:
     @pytest.mark.parametrize("tls", [False, True])
     async def test_half_open_connections(self, bucket: str, tls: bool) -> None:
         server = shared_server(tls=tls)
-        async with Proxy(server.port) as proxy, server.connector(bucket, port=proxy.port, stall_s=0.5) as other:
+        async with Proxy(server.port) as proxy, server.connector(bucket, port=proxy.port) as other:
             await other.create()
             await other.put("index/a", [bytes(MIB)])
             assert len(await other.get("index/a")) == MIB
             proxy.blackhole = True
+            patience_s, other._client.stall_s = other._client.stall_s, 0.5
             for call in calls(other).values():
                 with pytest.raises(ConnectionLost, match=r"no answer for 0\.5 s"):
                     await call()
+            other._client.stall_s = patience_s
             proxy.blackhole = False
             proxy.cut()
             assert len(await other.get("index/a")) == MIB
 
     async def test_a_server_that_stands_still(self, own_server: S3Server, bucket: str) -> None:
-        async with own_server.connector(bucket, stall_s=0.5) as connector:
+        async with own_server.connector(bucket) as connector:
             await connector.create()
             own_server.pause(True)
+            patience_s, connector._client.stall_s = connector._client.stall_s, 0.5
             with pytest.raises(ConnectionLost):
                 await connector.put("index/a", [bytes(16 * MIB)])
+            connector._client.stall_s = patience_s
             own_server.pause(False)
             await connector.put("index/a", [b"1"])
             assert await connector.get("index/a") == b"1"
