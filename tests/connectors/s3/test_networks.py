@@ -16,7 +16,8 @@ import anyio
 import pytest
 from tests.connectors.proxy import Proxy
 from tests.connectors.s3.tools import PART, calls, uploads
-from tests.connectors.s3_server import S3Server, free_port, shared_server
+from tests.connectors.s3_server import S3Server, shared_server
+from tests.connectors.servers import free_port
 from tests.connectors.test_conformance import MIB, listed
 
 from coffret.connectors.errors import (

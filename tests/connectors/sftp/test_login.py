@@ -16,6 +16,7 @@ import anyio
 import asyncssh
 import pytest
 from tests.connectors import sshd
+from tests.connectors.servers import free_port, missing
 from tests.connectors.sftp.tools import created
 from tests.connectors.stores import files
 from tests.connectors.test_conformance import MIB, listed
@@ -113,7 +114,7 @@ class TestLogin:
 
     async def test_an_encrypted_key_is_taken_from_the_agent(self, own_server: sshd.SSHServer, tmp_path: Path) -> None:
         if not shutil.which("ssh-agent"):
-            sshd.missing("no ssh-agent")
+            missing("no ssh-agent")
         key = own_server.home.key
         agent = tmp_path / "agent"
         process = subprocess.Popen(["ssh-agent", "-D", "-a", agent], stdout=subprocess.DEVNULL)
@@ -135,7 +136,7 @@ class TestLogin:
             process.wait()
 
     async def test_no_host_no_server(self, server: sshd.SSHServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        async with open_url(f"sftp://127.0.0.1:{sshd.free_port()}/x", {}) as connector:
+        async with open_url(f"sftp://127.0.0.1:{free_port()}/x", {}) as connector:
             with pytest.raises(ConnectionLost, match="connection refused"):
                 await connector.get("config")
 
