@@ -81,6 +81,7 @@ def await_handler(process: subprocess.Popen[bytes]) -> None:
     caught = 0
     while not caught >> (signal.SIGHUP - 1) & 1:
         assert process.poll() is None, "it ended"
+        time.sleep(0.002)
         status = Path(f"/proc/{process.pid}/status").read_text()
         caught = int(re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)[1], 16)  # type: ignore[index]
 

@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def await_workers(process: subprocess.Popen[bytes]) -> list[int]:
     """Wait until a command has worker processes, and return them."""
     while not (workers := workers_of(process.pid)):
         assert process.poll() is None, "it ended"
+        time.sleep(0.002)
     return workers
 
 

@@ -23,6 +23,7 @@ PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # what it downloads and compiles
     pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout"),
 ]
 

@@ -166,6 +166,7 @@ def test_files_that_are_named() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a new environment, with all that is compiled
 def test_demo(tmp_path: Path) -> None:
     """`make demo` from nothing but what git has: it installs, and ends in a compared restore."""
     if not (ROOT / ".git").exists():

@@ -36,12 +36,6 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with scratch() as path:
-        yield path
-
-
-@pytest.fixture
 def quiet_place() -> Iterator[Path]:
     """Where fewer others make files than where temporary files go by default."""
     with scratch(parent=Path("/var/tmp")) as path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.connectors.servers import free_port, missing
 
 from coffret.connectors.s3 import S3Connector
 from coffret.connectors.s3place import parse_location
@@ -42,13 +43,6 @@ def program() -> str:
     if built.returncode == 0:
         return built.stdout.strip()
     return missing(f"no versitygw: {built.stderr.strip().splitlines()[-1]}")
-
-
-def missing(reason: str) -> str:
-    """Skip the test, or fail in CI, where everything has to be there."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class S3Server:
@@ -159,14 +153,6 @@ def forgive_uvloop() -> None:
 
     handle.forgives = True  # type: ignore[attr-defined]
     loop.set_exception_handler(handle)
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def make_certificates(folder: Path) -> None:

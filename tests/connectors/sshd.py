@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import asyncssh
 import asyncssh.sftp
 import pytest
+from tests.connectors.servers import free_port, missing
 
 from coffret.connectors.sftp import SFTPConnector, open_url
 
@@ -48,13 +49,6 @@ Subsystem sftp internal-sftp
 {more}
 """
 _CHROOT = "ForceCommand internal-sftp\nChrootDirectory {0}\nAllowTcpForwarding no"
-
-
-def missing(reason: str) -> None:
-    """Skip the test, or fail in CI, where everything has to be there."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 class Home:
@@ -252,14 +246,6 @@ def shared_server(*, chroot: bool) -> SSHServer:
 def make_key(path: Path) -> None:
     """Make a key pair."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", path], check=True)
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _below(pid: int) -> list[int]:

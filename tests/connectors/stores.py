@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _SHM = Path("/dev/shm")
 
 
+def files(folder: Path) -> set[str]:
+    """All files below a folder, by relative path."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
 class Store(ABC):
     """One storage under test. Raw calls neither check nor wait for the disk; `raw_set` replaces atomically."""
 

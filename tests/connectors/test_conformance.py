@@ -19,7 +19,7 @@ from coffret.connectors.base import Connector, ObjectInfo
 from coffret.connectors.errors import AlreadyExists, InvalidName, InvalidRange, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +55,23 @@ def aligned(data: bytes) -> memoryview:
     buffer = mmap.mmap(-1, len(data) + 2 * PAGE)
     buffer[: len(data)] = data
     return memoryview(buffer)[: len(data)]
+
+
+async def race(connectors: Sequence[Connector], size_bytes: int = 10) -> list[bytes]:
+    """What thirty put at once that all want to be the first: the bodies of those that were told they are."""
+    won: list[bytes] = []
+
+    async def put(connector: Connector, data: bytes) -> None:
+        try:
+            await connector.put("snapshots/a", [aligned(data)], if_absent=True)
+        except AlreadyExists:
+            return
+        won.append(data)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(30):
+            tasks.start_soon(put, connectors[number % len(connectors)], bytes([number]) * size_bytes)
+    return won
 
 
 class TestPutAndGet:
@@ -199,18 +216,8 @@ class TestPutIfAbsent:
 
     @pytest.mark.parametrize("size_bytes", [10, 2 * MIB])
     async def test_of_racing_puts_one_wins(self, store: Store, connector: Connector, size_bytes: int) -> None:
-        won: list[bytes] = []
-
-        async def put(connector: Connector, data: bytes) -> None:
-            try:
-                await connector.put("snapshots/a", [aligned(data)], if_absent=True)
-            except AlreadyExists:
-                return
-            won.append(data)
-
-        async with store.connector() as other, anyio.create_task_group() as tasks:
-            for number in range(30):
-                tasks.start_soon(put, (connector, other)[number % 2], bytes([number]) * size_bytes)
+        async with store.connector() as other:
+            won = await race([connector, other], size_bytes)
         assert [store.raw_get("snapshots/a")] == won
         assert store.raw_names() == {"snapshots/a"}
 

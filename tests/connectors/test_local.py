@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import pytest
-from tests.connectors.test_conformance import MIB, aligned, listed
+from tests.connectors.stores import files
+from tests.connectors.test_conformance import MIB, aligned, listed, race
 
 from coffret.connectors import localfiles
 from coffret.connectors.errors import (
@@ -52,10 +52,6 @@ async def connector(folder: Path) -> AsyncIterator[LocalConnector]:
     async with LocalConnector(folder) as connector:
         await connector.create()
         yield connector
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
 def mount(target: Path, *options: str) -> None:
@@ -197,18 +193,7 @@ class TestFiles:
             raise PermissionError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", refuse)
-        won = []
-
-        async def put(number: int) -> None:
-            try:
-                await connector.put("snapshots/a", [b"%d" % number], if_absent=True)
-            except AlreadyExists:
-                return
-            won.append(b"%d" % number)
-
-        async with anyio.create_task_group() as tasks:
-            for number in range(20):
-                tasks.start_soon(put, number)
+        won = await race([connector])
         assert [await connector.get("snapshots/a")] == won
         assert files(folder) == {"snapshots/a"}
 

@@ -174,7 +174,7 @@ class TestStorage:
         """Of a pack that is cut short what lies before the cut is read, though it is fetched in one with the rest."""
         async with case(place) as c:
             located = await chunks(c)
-            last = max((found[-1] for found in located.values() if found), key=lambda at: at.offset)
+            last = max((at for found in located.values() for at in found), key=lambda at: at.offset)
             path = c.file_of(last.pack)
             os.truncate(path, last.offset + 10)
             costs = {
