@@ -2,9 +2,8 @@
 """Write small files whole: the system calls of the usual case, in compiled code, since a restore makes every file so.
 
 Usual is a regular file without holes and without extended attributes, in a directory that hands down no ACL. The rest
-is the caller's: `careful` writes such a file, `refused` goes on where the system did not let its metadata be set. A file
-costs no more calls than it needs: its mode comes with open(2), and owner and mode are set only if fstat(2) says that
-they differ.
+is the caller's, who also goes on where the system does not let metadata be set: see `UnusualWriter`. A file costs no
+more calls than it needs: its mode comes with open(2), and owner and mode are set only if fstat(2) says that they differ.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -49,6 +48,7 @@ cdef enum:
     PLAIN = 0o777
     PRIVATE = 0o600
     UNOWNED = 0o1777
+    UNKNOWN = 0xFFFF
     PAGE = 4096
     SECOND_NS = 1_000_000_000
 
@@ -133,7 +133,7 @@ cdef class SmallWriter:
     def usual_metadata(self, int fd, meta not None):
         """Set the metadata of an open file or directory; False if it has attributes, or can't be set in all respects."""
         cdef bint done
-        cdef uint32_t uid, gid, asked
+        cdef uint32_t uid, gid, asked, given = 0
         cdef int64_t mtime
         mode, owner, group, _, mtime_ns, xattrs = meta
         if xattrs or not EARLIEST <= mtime_ns <= LATEST:
@@ -141,7 +141,7 @@ cdef class SmallWriter:
         uid, gid, mtime = owner, group, mtime_ns
         asked = self.allowed(mode, uid, gid)
         with nogil:
-            done = self.dress(fd, asked, uid, gid, mtime)
+            done = self.own(fd, uid, gid, &given) and self.dress(fd, given, asked, mtime)
         return done
 
     cdef object write(
@@ -163,19 +163,23 @@ cdef class SmallWriter:
         cdef const char* named = PyBytes_AS_STRING(name) if temporary else NULL
         cdef int fd
         cdef bint finished
-        cdef uint32_t asked = self.allowed(mode, uid, gid)
+        cdef uint32_t given = 0, asked = self.allowed(mode, uid, gid)
         cdef bint ours = uid == self.uid and gid == self.gid
         self.word[0] = mark | 1
-        # Private until it has its owner; and no set-id bits before the content is whole.
+        # Nobody may read it who may not in the end; and no set-id bits before the content is whole.
         fd = create(folder, made, asked & PLAIN if ours or not self.owner else PRIVATE)
         if fd < 0:
             raise OSError(errno, os.strerror(errno))
         self.word[0] = mark | 3
         notes = None
         try:
+            with nogil:
+                finished = self.own(fd, uid, gid, &given)
+                if not finished:
+                    fchmod(fd, PRIVATE)
             self.fill(fd, data)
             with nogil:
-                finished = self.dress(fd, asked, uid, gid, mtime_ns)
+                finished = finished and self.dress(fd, given, asked, mtime_ns)
             if not finished:
                 notes = writer.dress(fd, meta)
         except BaseException:
@@ -262,15 +266,21 @@ cdef class SmallWriter:
             self.direct = False
         return self.put(fd, data + at, count - at)
 
-    cdef bint dress(self, int fd, uint32_t mode, uint32_t uid, uint32_t gid, int64_t mtime_ns) noexcept nogil:
-        """Set owner, mode and time, in the order of `metadata.apply`; whether that was possible."""
+    cdef bint own(self, int fd, uint32_t uid, uint32_t gid, uint32_t* mode) noexcept nogil:
+        """Set the owner if it is another, and tell the mode that was there; whether that was possible."""
         cdef c_stat status
-        cdef timespec times[2]
         if fstat(fd, &status) != 0:
             return False
-        if self.owner and (status.st_uid != uid or status.st_gid != gid) and fchown(fd, uid, gid) != 0:
-            return False
-        if status.st_mode & PERMISSIONS != mode and fchmod(fd, mode) != 0:
+        mode[0] = status.st_mode & PERMISSIONS
+        if not self.owner or (status.st_uid == uid and status.st_gid == gid):
+            return True
+        mode[0] = UNKNOWN  # set-id bits may go with the owner
+        return fchown(fd, uid, gid) == 0
+
+    cdef bint dress(self, int fd, uint32_t given, uint32_t mode, int64_t mtime_ns) noexcept nogil:
+        """Set mode, if it is not the one given already, and time; whether that was possible."""
+        cdef timespec times[2]
+        if given != mode and fchmod(fd, mode) != 0:
             return False
         times[0].tv_sec, times[0].tv_nsec = mtime_ns // SECOND_NS, mtime_ns % SECOND_NS
         times[1] = times[0]

@@ -137,8 +137,9 @@ class FileWriter:
         # By blocks, since one that two windows need is opened twice: a backup fills them as its workers come to read,
         # so that neighbours among files are neighbours among blocks only by and large.
         located.sort()
-        for *_, place, entry, meta, chunks, extents in located:
-            if not await self._take(place, entry.name, meta, chunks, extents):
+        for _, _, _, place, entry, meta, chunks, extents in located:
+            fits = self._window.take(place, entry.name, meta, chunks, extents, temporary=self._temporary)
+            if not fits and not await self._take(place, entry.name, meta, chunks, extents):
                 await self._write_large(place, entry)
 
     async def _look_closer(

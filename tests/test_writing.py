@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import resource
 import stat
@@ -20,7 +21,7 @@ from tests.harness import NOBODY, needs_root, scratch
 
 from coffret.engine import metadata
 from coffret.engine._write import DIRECT_BYTES
-from coffret.engine.restore_writer import KEPT, LOST, DamagedPart, Mark, Writer
+from coffret.engine.restore_writer import KEPT, LOST, DamagedPart, Mark, Writer, read_marks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Target:
     def __init__(self, path: Path, *, owner: bool = True, wary: bool = False) -> None:
         path.mkdir()
         self.path, self.root = path, os.open(path, os.O_RDONLY)
-        self.words = memoryview(bytearray(16)).cast("Q")
+        self.words = memoryview(mmap.mmap(-1, 16)).cast("Q")
         self.unusual: list[bytes] = []
         self.writer = Writer(
             self.root, Mark(self.words, 1), owner=owner, sparse=False, wary=wary, unlock=False, buffer_bytes=MIB
@@ -171,6 +172,18 @@ class TestUsual:
             (target.path / "link").symlink_to("a")
             [(path, _, kind)] = target.write(b"file", directory=b"link")
             assert (path, kind) == (b"link/file", LOST)
+
+    @needs_root
+    def test_directories_that_hand_down_their_group(self, place: Path) -> None:
+        """A directory gives its group to what is made in it; the file gets its own."""
+        with closing(Target(place / "target")) as target:
+            (target.path / "shared").mkdir()
+            os.chown(target.path / "shared", 0, NOBODY)
+            (target.path / "shared").chmod(0o2777)
+            for uid in (0, NOBODY + 1):
+                assert target.write(b"file%d" % uid, directory=b"shared", uid=uid, gid=0, mode=0o2640) == []
+                status = (target.path / "shared" / f"file{uid}").stat()
+                assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (uid, 0, 0o2640)
 
     def test_a_disk_that_is_slow_sorts_writes_itself(self, place: Path) -> None:
         """What the clock says is not to be had here; that it can be left off is."""
@@ -335,6 +348,36 @@ class TestRefused:
                 assert seen(target.path / "file")[4] == 5
         finally:
             os.seteuid(0)
+
+    @needs_root
+    def test_access(self, place: Path) -> None:
+        place.chmod(0o777)
+        os.seteuid(NOBODY)
+        try:
+            with closing(Target(place / "target")) as target:
+                (target.path / "locked").mkdir(0o500)
+                [(path, reason, lost), _] = target.write(b"file", b"next", directory=b"locked")
+                assert (path, reason, lost) == (b"locked/file", os.strerror(errno.EACCES), LOST)
+        finally:
+            os.seteuid(0)
+
+    @needs_root
+    def test_a_process_that_ends_in_the_middle(self, place: Path) -> None:
+        """What it was making is marked, and can be told from what was finished and what has not been begun."""
+        with closing(Target(place / "target")) as target:
+            os.chown(target.path, NOBODY, NOBODY)
+            child = os.fork()
+            if not child:
+                os.seteuid(NOBODY)
+                target.writer.dress = lambda *_: os._exit(0)  # type: ignore[method-assign]
+                files: list[Any] = [
+                    (b"%d" % n, b".%d" % n, meta(uid=0 if n == 2 else NOBODY), [], b"") for n in range(4)
+                ]
+                target.writer.files(7, lambda _: memoryview(b""), [(b"", files)])
+                os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+            assert read_marks(target.words) == [(7, 2, True)]
+            assert sorted(os.listdir(target.path)) == [".2", "0", "1"]
 
     @needs_root
     @pytest.mark.parametrize("temporary", [b"", b".temporary"])
