@@ -46,7 +46,7 @@ Subsystem sftp internal-sftp
 
 
 class ServerMissing(Exception):
-    """A server is not installed here, or does not start."""
+    """A server is not installed here."""
 
 
 class Server:
@@ -67,7 +67,8 @@ class Server:
     def start(self) -> None:
         """Start, or start again, on the same port; returns when it answers.
 
-        :raises ServerMissing: if it does not
+        :raises ServerMissing: if it is not installed
+        :raises RuntimeError: if it does not answer
         """
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -80,7 +81,7 @@ class Server:
                 return
             time.sleep(0.02)
         text = self.log.read_text(errors="replace")[-1000:]
-        raise ServerMissing(f"{self.command()[0]} does not start: {text}")
+        raise RuntimeError(f"{self.command()[0]} does not start: {text}")
 
     @property
     def pid(self) -> int:
