@@ -7,7 +7,6 @@ and without delay.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from contextlib import ExitStack
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.bars import CONNECTOR, CONNECTOR_UNDELAYED, LOCAL, OURS, RESTORE_MS, TRANSFER_MS, UNDELAYED
-from bench.contenders import Place, available, version_of
-from bench.measure import Command, CommandFailed, Usage, run, stored_bytes, warm
+from bench.contenders import Place, available
+from bench.measure import Command, CommandFailed, run, stored_bytes, warm
+from bench.remote_ledger import Ledger, calls_of
 from bench.remote_proxy import DelayingProxy
 from bench.remote_storages import make_place
 from bench.restored import RestoredTrees
-from bench.results import Measurement
-from bench.scenarios import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +43,7 @@ _LOOPS = {
 _ROOT = Path(__file__).parents[1]
 
 
-class RemoteBench:
+class RemoteBench(Ledger):
     """One run over some storages. `round` adds to `measurements`, which can be read at any time."""
 
     def __init__(
@@ -62,20 +60,13 @@ class RemoteBench:
         """`each_way`: latencies are those of each direction, and their scenarios are named so."""
         self._at = "at {} ms each way" if each_way else "at {} ms"
         self._delayed_share = 1.0 if each_way else 0.5
-        self._run, self._datasets, self._storages = run_, datasets, storages
-        self._folder, self._parts, self._tell = folder, frozenset(parts), tell
+        super().__init__(run_, folder, tell)
+        self._datasets, self._storages, self._parts = datasets, storages, frozenset(parts)
         self._big = datasets["big"]
-        self._sampled = False
         self._restored = RestoredTrees(folder / "restored", room_bytes=self._big.tree_bytes)
-        self._lines: dict[tuple[str, str, str], Measurement] = {}
         # A repository on this disk, whose packs the bare loops move.
         self._packs = Place(folder / "packs")
         [self._local] = available([OURS])
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        """What there is so far, a line for each scenario and contender."""
-        return list(self._lines.values())
 
     def prepare(self) -> None:
         """Make the packs that the bare loops move, if any will.
@@ -85,11 +76,11 @@ class RemoteBench:
         if not self._parts & {"speed", "loops"}:
             return
         self._local.make(self._packs)
-        run(self._command(self._local, self._local.backup, self._packs), self._folder / "packs.log", sample=False)
+        run(self._command(self._local, self._local.backup, self._packs), self.folder / "packs.log", sample=False)
 
     def memory(self) -> None:
         """Find the peaks of memory of Coffret's first backups and restores, local and remote."""
-        self._sampled = True
+        self.sampled = True
         if "speed" in self._parts:
             for storage in self._storages:
                 scenario = f"{storage.name}: first"
@@ -98,7 +89,7 @@ class RemoteBench:
                 if self._first(scenario, OURS, ours, storage, "memory"):
                     self._restore(f"{storage.name}: restore", OURS, ours, storage, "memory")
                 storage.remove("memory")
-        self._sampled = False
+        self.sampled = False
 
     def round(self, number: int) -> None:
         """Take every storage through the scenarios, once."""
@@ -131,49 +122,47 @@ class RemoteBench:
             storage.remove(name)
 
     def _latency(self, storage: RemoteStorage, number: int) -> None:
-        """The same with many connections, through a line with latency and through one without."""
+        """The same through a line with latency and through one without: with many connections, and as it is."""
         with ExitStack() as stack:
             ports = {
                 delay_ms: stack.enter_context(self._proxy(storage, delay_ms)).port
                 for delay_ms in (0, TRANSFER_MS, RESTORE_MS)
             }
-            scenario = f"{storage.name}: first {self._at.format(TRANSFER_MS)}"
             for delay_ms in _rotated([TRANSFER_MS, 0], number):
-                name = OURS if delay_ms else UNDELAYED
-                ours = self._contender(storage, OURS, ports[delay_ms], CONNECTIONS)
-                self._first(scenario, name, ours, storage, f"first-{delay_ms}")
-            for delay_ms in _rotated([0, TRANSFER_MS, RESTORE_MS], number):
-                names = [f"{storage.name}: restore {self._at.format(of_ms)}" for of_ms in (TRANSFER_MS, RESTORE_MS)
-                         if delay_ms in (0, of_ms)]  # fmt: skip
-                ours = self._contender(storage, OURS, ports[delay_ms], CONNECTIONS)
-                self._restore(names, OURS if delay_ms else UNDELAYED, ours, storage, "first-0")
+                scenario = f"{storage.name}: first {self._at.format(TRANSFER_MS)}"
+                ours = storage.coffret(ports[delay_ms], connections=CONNECTIONS)
+                self._first(scenario, OURS if delay_ms else UNDELAYED, ours, storage, f"first-{delay_ms}")
+            for delay_ms in _rotated([RESTORE_MS, 0], number):
+                scenario = f"{storage.name}: restore {self._at.format(RESTORE_MS)}"
+                ours = storage.coffret(ports[delay_ms])
+                self._restore(scenario, OURS if delay_ms else UNDELAYED, ours, storage, "first-0")
             for delay_ms in (0, TRANSFER_MS):
                 storage.remove(f"first-{delay_ms}")
 
     def _unchanged(self, storage: RemoteStorage, number: int) -> None:
         """A backup of *small* in which nothing has changed, far from the server."""
         small, scenario = self._datasets["small"], f"{storage.name}: unchanged {self._at.format(RESTORE_MS)}"
-        place = Place(self._folder / "unchanged")
+        place = Place(self.folder / "unchanged")
         with self._proxy(storage, RESTORE_MS) as proxy:
-            ours = self._contender(storage, OURS, proxy.port)
+            ours = storage.coffret(proxy.port)
             make_place(storage, place)
             for template in (*ours.create, ours.backup, ours.backup):
                 command = self._command(ours, template, place, "unchanged", source=small.path)
                 try:
                     run(command, place.folder / "prepare.log", sample=False)
                 except CommandFailed as error:
-                    self._fail([scenario], OURS, ours, error, small)
+                    self.fail(small, scenario, OURS, ours, error)
                     return
             warm(small.path, contents=False)
             before = storage.requests()
             command = self._command(ours, ours.backup, place, "unchanged", source=small.path)
-            usage = self._measure([scenario], OURS, ours, command, dataset=small)
+            usage = self.measure(small, scenario, OURS, ours, command)
             if usage is not None:
-                line = self._lines["small", scenario, OURS]
+                line = self.line(small, scenario, OURS, ours)
                 after = storage.requests()
                 counted = after - before if after is not None and before is not None else calls_of(line)
                 line.requests = [*line.requests, counted]
-                self._tell(f"    {counted} requests")
+                self.tell(f"    {counted} requests")
         storage.remove("unchanged")
 
     def _loops(self, storage: RemoteStorage, number: int) -> None:
@@ -191,41 +180,38 @@ class RemoteBench:
         storage.remove("loop")
 
     def _first_local(self, scenario: str) -> None:
-        place = Place(self._folder / "local")
+        place = Place(self.folder / "local")
         self._local.make(place)
         warm(self._big.path)
-        self._measure([scenario], LOCAL, self._local, self._command(self._local, self._local.backup, place))
+        self.measure(self._big, scenario, LOCAL, self._local, self._command(self._local, self._local.backup, place))
         place.remove()
 
     def _first(self, scenario: str, name: str, contender: Contender, storage: RemoteStorage, repository: str) -> bool:
         """A first backup into a new repository; whether that worked."""
-        place = Place(self._folder / "client")
+        place = Place(self.folder / "client")
         make_place(storage, place)
         storage.remove(repository)
         try:
             for template in contender.create:
                 run(self._command(contender, template, place, repository), place.folder / "create.log", sample=False)
         except CommandFailed as error:
-            self._fail([scenario], name, contender, error, self._big)
+            self.fail(self._big, scenario, name, contender, error)
             return False
         warm(self._big.path)
         command = self._command(contender, contender.backup, place, repository)
-        usage = self._measure([scenario], name, contender, command)
+        usage = self.measure(self._big, scenario, name, contender, command)
         if usage is not None:
-            line = self._lines["big", scenario, name]
+            line = self.line(self._big, scenario, name, contender)
             line.repository_bytes = stored_bytes(storage.folder(repository))
         return usage is not None
 
-    def _restore(
-        self, scenarios: str | list[str], name: str, contender: Contender, storage: RemoteStorage, repository: str
-    ) -> None:
+    def _restore(self, scenario: str, name: str, contender: Contender, storage: RemoteStorage, repository: str) -> None:
         """A restore on a machine that has never seen the repository."""
-        place, target = Place(self._folder / "client"), self._restored.make_target()
+        place, target = Place(self.folder / "client"), self._restored.make_target()
         make_place(storage, place)
         warm(storage.folder(repository))
         command = self._command(contender, contender.restore, place, repository, target=target)
-        named = [scenarios] if isinstance(scenarios, str) else scenarios
-        self._measure(named, name, contender, command, sync_on=target)
+        self.measure(self._big, scenario, name, contender, command, sync_on=target)
 
     def _loop(
         self,
@@ -239,7 +225,7 @@ class RemoteBench:
         connections: int = CONNECTIONS,
     ) -> None:
         """Move the packs, and nothing else."""
-        place = Place(self._folder / "client")
+        place = Place(self.folder / "client")
         make_place(storage, place)
         storage.prepare("loop")
         arguments = ("-m", "bench.remote_loops", what, "--url", storage.url("loop", port), "--folder",
@@ -250,80 +236,20 @@ class RemoteBench:
         else:
             warm(storage.folder("loop"))
         command = Command((sys.executable, *arguments), environment, _ROOT)
-        self._measure([scenario], name, self._local, command)
+        self.measure(self._big, scenario, name, self._local, command)
 
     def _proxy(self, storage: RemoteStorage, latency_ms: float) -> DelayingProxy:
         return DelayingProxy(storage.server.port, latency_ms * self._delayed_share)
 
-    def _contender(
-        self, storage: RemoteStorage, name: str, port: int | None = None, connections: int | None = None
-    ) -> Contender:
-        port = port or storage.server.port
-        return storage.restic(port) if name == "restic" else storage.coffret(port, connections=connections)
+    def _contender(self, storage: RemoteStorage, name: str) -> Contender:
+        port = storage.server.port
+        return storage.restic(port) if name == "restic" else storage.coffret(port)
 
     def _command(
         self, contender: Contender, template: Arguments, place: Place, repository: str = "", **values: object
     ) -> Command:
         known: dict[str, Any] = {"repository": repository or place.repository, "source": self._big.path, "serial": 0}
         return contender.command(template, place, **(known | values))
-
-    def _measure(
-        self,
-        scenarios: Sequence[str],
-        name: str,
-        contender: Contender,
-        command: Command,
-        *,
-        sync_on: Path | None = None,
-        dataset: Dataset | None = None,
-    ) -> Usage | None:
-        """Execute one command and add what it took to its lines; None if it failed."""
-        try:
-            usage = run(command, self._folder / "measured.log", sample=self._sampled, sync_on=sync_on)
-        except CommandFailed as error:
-            self._fail(scenarios, name, contender, error, dataset or self._big)
-            return None
-        for scenario in scenarios:
-            line = self._line(dataset or self._big, scenario, name, contender, command)
-            line.add(usage)
-            line.summary = summary_of(usage.output) or line.summary
-        if usage.memory is not None:
-            text = f"{usage.memory.asked / 1e6:8.0f} MB (not timed)"
-        else:
-            text = f"{usage.wall_s:8.2f} s wall  {usage.user_s + usage.system_s:8.2f} s CPU"
-        self._tell(f"  {' / '.join(scenarios):28} {name:22} {text}")
-        return usage
-
-    def _fail(
-        self, scenarios: Sequence[str], name: str, contender: Contender, error: CommandFailed, dataset: Dataset
-    ) -> None:
-        for scenario in scenarios:
-            line = self._line(dataset, scenario, name, contender, None)
-            line.faults.append(str(error))
-            if not self._sampled:
-                line.add(None)
-        self._tell(f"  {' / '.join(scenarios):28} {name:22} failed: {error}")
-
-    def _line(
-        self, dataset: Dataset, scenario: str, name: str, contender: Contender, command: Command | None
-    ) -> Measurement:
-        key = (dataset.name, scenario, name)
-        if key not in self._lines:
-            self._lines[key] = Measurement(
-                run=self._run,
-                dataset=dataset,
-                scenario=scenario,
-                contender=name,
-                version=version_of(contender),
-                command=shlex.join(command.arguments).replace(str(self._folder), ".") if command else "",
-                wall_s=[],
-            )
-        return self._lines[key]
-
-
-def calls_of(line: Measurement) -> int:
-    """The calls of the connector in the last run, as its summary tells them."""
-    return sum(calls["calls"] for calls in line.summary.get("storage", {}).values())
 
 
 def _rotated(items: list[T], number: int) -> list[T]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 CREDENTIALS = ("coffret-test", "a secret of the tests")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 _HOST = "127.0.0.1"
+# Below those that the system gives to whoever asks for any: a server that is started again finds its own still free.
+_PORTS = range(20_000, 32_000)
 _INSTALL = Path(__file__).parents[1] / "tests" / "tools" / "install-versitygw"
 _INSTALL_S = 280.0
 _START_S = 20.0
@@ -46,7 +49,7 @@ Subsystem sftp internal-sftp
 
 
 class ServerMissing(Exception):
-    """A server is not installed here, or does not start."""
+    """A server is not installed here."""
 
 
 class Server:
@@ -67,7 +70,8 @@ class Server:
     def start(self) -> None:
         """Start, or start again, on the same port; returns when it answers.
 
-        :raises ServerMissing: if it does not
+        :raises ServerMissing: if it is not installed
+        :raises RuntimeError: if it does not answer
         """
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -80,7 +84,7 @@ class Server:
                 return
             time.sleep(0.02)
         text = self.log.read_text(errors="replace")[-1000:]
-        raise ServerMissing(f"{self.command()[0]} does not start: {text}")
+        raise RuntimeError(f"{self.command()[0]} does not start: {text}")
 
     @property
     def pid(self) -> int:
@@ -196,11 +200,15 @@ def versitygw() -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A port that nobody listens on at the moment.
+
+    :raises OSError: if none is found
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((_HOST, port))
+            return port
+    raise OSError("no port is free")
 
 
 def make_key(path: Path) -> None:

@@ -63,7 +63,9 @@ def open_url(url: str, options: Mapping[str, str]) -> S3Connector:
 class S3Connector(Connector):
     """A repository in a bucket, which `create` makes if need be."""
 
-    capabilities = Capabilities(parallel_puts=4, parallel_gets=8, ordered_lists=True)
+    # A fourth put at a time was no faster (10.8 to 11.7 s for 1.9 GB) and takes another 32 MiB.
+    # Ranges that a restore asks for are of 3 MiB: at 50 ms eight at a time were 200 MB/s at most.
+    capabilities = Capabilities(parallel_puts=3, parallel_gets=16, ordered_lists=True)
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from coffret.connectors.sftperrors import Refusal
 from coffret.connectors.sftpfiles import FOLDER, REGULAR, Files, at_once
 from coffret.connectors.sftplogin import Address, Login
 from coffret.connectors.sftpnames import FileGone, Naming
+from coffret.connectors.sftpscan import scan
 from coffret.connectors.sftpwalk import check_root, info_of, text, walk
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class SFTPConnector(Connector):
             return
         self._swept = True
         folder = await files.attributes("tmp", follow=True)
-        for entry in await files.scan("tmp") if folder is not None and folder.mtime else ():
+        for entry in await scan(files, "tmp") if folder is not None and folder.mtime else ():
             name = text(entry.filename)
             age_s = (folder.mtime or 0) - (entry.attrs.mtime or 0) if folder is not None else 0
             if _TEMPORARY.fullmatch(name) and age_s > _ABANDONED_AFTER_S:
@@ -314,7 +315,7 @@ class SFTPConnector(Connector):
         :raises NotStorage: if it holds anything else
         """
         names = set()
-        for entry in await files.scan(""):
+        for entry in await scan(files, ""):
             name = text(entry.filename)
             if (name == "config" and entry.attrs.type == REGULAR) or (name in FOLDERS and entry.attrs.type == FOLDER):
                 names.add(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from coffret.connectors.limit import Pace
     from coffret.connectors.sftpconnections import Session
 
-T = TypeVar("T")
 # The types of files that SFTP knows.
 REGULAR, FOLDER = 1, 2
 # How much of one object is under way at a time (bytes). To a server: what OpenSSH's window takes, 2 MiB, and as much
@@ -28,12 +27,6 @@ REGULAR, FOLDER = 1, 2
 # no more than 16 KiB get 256 requests at a time.
 _WRITES_BYTES, _READS_BYTES = 4 << 20, 8 << 20
 _MOST_REQUESTS = 256
-# How many pieces of a folder are asked for at once, at first and at most: most folders fit into one, whose end is told
-# by the answer after it. OpenSSH's pieces are of 100 entries.
-_FIRST_PIECES, _MOST_PIECES, _PIECE_ENTRIES = 2, 16, 100
-# Entries of a folder that are read before the server is held to have answered.
-_SCAN_BATCH = 1000
-_SCANS = 4
 _FOLDERS_AT_A_TIME = 64
 
 
@@ -195,78 +188,6 @@ class Files:
                 raise
             return None
 
-    async def scan(self, folder: str) -> list[asyncssh.SFTPName]:
-        """What is in a folder, ascending by name as paths compare: "a-b" before what is in the folder "a".
-
-        A name that is there all the time comes exactly once. A server hands out a folder piece by piece, and on some
-        file systems a file that is replaced meanwhile moves to where the reading has been: so a folder that changed is
-        read again.
-
-        :raises Refusal: NotFound if there is no such folder
-        """
-        found: dict[bytes, asyncssh.SFTPName] = {}
-        for _ in range(_SCANS):
-            entries, whole = await self._scan_once(folder)
-            found.update((cast("bytes", entry.filename), entry) for entry in entries)
-            if whole:
-                break
-        return sorted(found.values(), key=_order)
-
-    async def _scan_once(self, folder: str) -> tuple[list[asyncssh.SFTPName], bool]:
-        """The entries as one reading gives them, and whether nothing can be missing."""
-        read = self._read_folder_in_order if self.session.in_order else self._read_folder
-        entries = await read(folder)
-        # The folder's own entry was read at the beginning.
-        before = next((entry.attrs.mtime for entry in entries if entry.filename == b"."), None)
-        if len(entries) <= _PIECE_ENTRIES:
-            return entries, True
-        after = await self.attributes(folder, follow=True)
-        return entries, after is not None and after.mtime == before
-
-    async def _read_folder(self, folder: str) -> list[asyncssh.SFTPName]:
-        scanner, entries = self._sftp.scandir(self.path(folder)), []
-
-        async def some() -> list[asyncssh.SFTPName]:
-            batch = []
-            async for entry in scanner:
-                batch.append(entry)
-                if len(batch) == _SCAN_BATCH:
-                    break
-            return batch
-
-        while batch := await self.session.ask(some()):
-            entries += batch
-        return entries
-
-    async def _read_folder_in_order(self, folder: str) -> list[asyncssh.SFTPName]:
-        """The same by requests that do not wait for each other: two round trips instead of four for most folders."""
-        import asyncssh
-
-        # asyncssh's own way is one request after the other; below it are the requests themselves.
-        handler: Any = self._sftp._handler
-        handle = await self.session.ask(_request(handler.opendir, self.path(folder)))
-        pieces: list[list[asyncssh.SFTPName]] = []
-        at_end = False
-
-        async def read(number: int) -> None:
-            nonlocal at_end
-            try:
-                pieces[number], at_end = await handler.readdir(handle)
-            except asyncssh.SFTPEOFError:
-                at_end = True
-
-        count = _FIRST_PIECES
-        try:
-            while not at_end:
-                numbers = range(len(pieces), len(pieces) + count)
-                pieces.extend([] for _ in numbers)
-                await at_once([self.session.ask(read(number)) for number in numbers])
-                count = min(2 * count, _MOST_PIECES)
-        finally:
-            if not self.session.lost:
-                self.session.later(self.session.ask(_request(handler.close, handle)))
-        return [entry for piece in pieces for entry in piece]
-
     async def remove(self, name: str) -> None:
         """Remove a file."""
         await self.session.ask(self._sftp.remove(self.path(name)))
@@ -383,11 +304,6 @@ def pieces(body: Sequence[Buffer], limit: int) -> Iterator[tuple[int, Buffer]]:
         yield offset, _joined(gathered)
 
 
-async def _request(send: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """One request, which begins nothing that is not awaited, should the connection be lost before."""
-    return await send(*arguments)
-
-
 async def in_parallel(work: Callable[[], Awaitable[None]], count: int) -> None:
     """Run `work` so many times at once; raise what the first failed of, when all have ended."""
     if count == 1:
@@ -429,8 +345,3 @@ async def at_once(requests: Sequence[Coroutine[Any, Any, object]]) -> None:
 
 def _joined(gathered: list[memoryview]) -> Buffer:
     return gathered[0] if len(gathered) == 1 else b"".join(gathered)
-
-
-def _order(entry: asyncssh.SFTPName) -> bytes:
-    name = cast("bytes", entry.filename)
-    return name + b"/" if entry.attrs.type == FOLDER else name

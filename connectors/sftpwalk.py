@@ -8,6 +8,7 @@ from coffret.connectors.base import NAME, ObjectInfo
 from coffret.connectors.errors import NotFound
 from coffret.connectors.sftperrors import Refusal
 from coffret.connectors.sftpfiles import FOLDER, REGULAR, in_parallel
+from coffret.connectors.sftpscan import scan
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -69,7 +70,7 @@ def _next_folders(entries: Entries) -> list[str]:
 async def _entries(files: Files, folder: str, prefix: str) -> Entries:
     """What of a folder can be an object with this prefix, or a folder of such, descending; nothing if it is none."""
     try:
-        found = await files.scan(folder)
+        found = await scan(files, folder)
     except Refusal:
         attributes = await files.attributes(folder, follow=True)
         if attributes is not None and attributes.type == FOLDER:

@@ -10,15 +10,11 @@ import ipaddress
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
+from bench.remote_servers import CREDENTIALS, ServerMissing, Versitygw
 from tests.connectors.servers import free_port, missing
 
 from coffret.connectors.s3 import S3Connector
@@ -28,70 +24,32 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-CREDENTIALS = ("coffret-test", "a secret of the tests")
-_INSTALL = Path(__file__).parents[1] / "tools" / "install-versitygw"
-_START_S = 20.0
+__all__ = ["CREDENTIALS", "S3Server", "forgive_uvloop", "free_port", "make_certificates", "shared_server"]
 
 
-@functools.cache
-def program() -> str:
-    """The path of the server, built if there is Go; the test is skipped without it, or fails in CI."""
-    folders = os.pathsep.join((os.environ.get("PATH", ""), str(Path("~/go/bin").expanduser())))
-    if found := shutil.which("versitygw", path=folders):
-        return found
-    built = subprocess.run([_INSTALL], capture_output=True, text=True, timeout=280)
-    if built.returncode == 0:
-        return built.stdout.strip()
-    return missing(f"no versitygw: {built.stderr.strip().splitlines()[-1]}")
-
-
-class S3Server:
+class S3Server(Versitygw):
     """One server on a free port of this host, with its objects as files below `folder`/buckets."""
 
     def __init__(
         self, folder: Path, *, tls: bool = False, region: str = "us-east-1", objects: Path | None = None
     ) -> None:
-        self.folder, self.buckets = folder, objects or folder / "buckets"
-        for each in (self.folder, self.buckets):
-            each.mkdir(parents=True, exist_ok=True)
-        self.scheme, self._region = "s3" if tls else "s3+http", region
+        certificate = (folder / "server.pem", folder / "server.key")
+        super().__init__(folder, buckets=objects or folder / "buckets", region=region, tls=certificate if tls else ())
+        self.scheme = "s3" if tls else "s3+http"
         self.ca = folder / "ca.pem"
         if tls and not self.ca.exists():
             make_certificates(folder)
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start, or start again, on the same port; returns when it answers."""
-        tls = ["--cert", str(self.folder / "server.pem"), "--key", str(self.folder / "server.key")]
-        command = [
-            program(), "--port", f"127.0.0.1:{self.port}", "--region", self._region, "--quiet", "--keep-alive",
-            *(tls if self.scheme == "s3" else ()), "posix", *self._sidecar(), str(self.buckets),
-        ]  # fmt: skip
-        environment = os.environ | dict(zip(("ROOT_ACCESS_KEY_ID", "ROOT_SECRET_ACCESS_KEY"), CREDENTIALS, strict=True))
-        log = self.folder / "log"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        atexit.register(self.kill)
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        pytest.fail(f"versitygw does not start: {log.read_text(errors='replace')[-1000:]}")
-
-    def kill(self) -> None:
-        """As a power cut."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        atexit.unregister(self.kill)
+        """Start, or start again, on the same port; returns when it answers. The test is skipped where it can't."""
+        try:
+            super().start()
+        except ServerMissing as error:
+            missing(str(error))
 
     def pause(self, stopped: bool) -> None:
         """Stop it in its tracks, with all connections open, or let it go on."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
+        os.kill(self.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
 
     def connector(
         self,
@@ -108,16 +66,6 @@ class S3Server:
         options = options if options is not None else {"ca": str(self.ca)} if self.scheme == "s3" else {}
         place = parse_location(f"{self.scheme}://127.0.0.1:{port or self.port}/{bucket}", options)
         return S3Connector(place, credentials=credentials, **others)
-
-    def _sidecar(self) -> tuple[str, ...]:
-        """Where the file system has no extended attributes, the server keeps its own notes elsewhere."""
-        try:
-            os.setxattr(self.buckets, "user.coffret-test", b"1")
-            os.removexattr(self.buckets, "user.coffret-test")
-        except OSError:
-            (self.folder / "notes").mkdir(exist_ok=True)
-            return ("--sidecar", str(self.folder / "notes"))
-        return ()
 
 
 @functools.cache

@@ -5,89 +5,42 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-import getpass
 import os
 import pwd
 import shutil
-import signal
-import socket
-import subprocess
 import tempfile
 import threading
-import time
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import asyncssh
 import asyncssh.sftp
-import pytest
+from bench.remote_servers import SSHD, Home, Sshd, children_of, make_key
+from bench.remote_servers import kill as _kill
 from tests.connectors.servers import free_port, missing
 
 from coffret.connectors.sftp import SFTPConnector, open_url
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-_START_S = 20.0
-_CONFIG = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/authorized
-PidFile none
-StrictModes no
-UsePAM no
-PermitRootLogin yes
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-MaxStartups 100
-MaxSessions 100
-# Not a program of its own, which would be started by the user's shell, with whatever that does first.
-Subsystem sftp internal-sftp
-{more}
-"""
+__all__ = ["Environment", "Home", "OtherSSHServer", "SSHServer", "_kill", "free_port", "make_key", "shared_server"]
 _CHROOT = "ForceCommand internal-sftp\nChrootDirectory {0}\nAllowTcpForwarding no"
 
 
-class Home:
-    """A home folder with an SSH key, and with the host key of a server among those it knows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.ssh = path, path / ".ssh"
-        self.ssh.mkdir(parents=True, exist_ok=True)
-        self.key, self.known_hosts = self.ssh / "id_ed25519", self.ssh / "known_hosts"
-        if not self.key.exists():
-            make_key(self.key)
-
-    def know(self, public: Path) -> None:
-        """Trust a host key for 127.0.0.1, whatever the port: tests go through proxies."""
-        self.known_hosts.write_text(f"127.0.0.1 {public.read_text()}")
-
-
-class SSHServer:
+class SSHServer(Sshd):
     """An sshd on a free port of this host, for the user that runs the tests or, confined to `chroot`, for nobody."""
 
     def __init__(self, *, chroot: bool = False, more: str = "") -> None:
         if SSHD is None:
             missing("no sshd: install openssh-server")
         # Not in pytest's folders, which only their owner can enter.
-        self.folder = Path(tempfile.mkdtemp(prefix="coffret-test-ssh-"))
-        self.folder.chmod(0o755)
-        self.home = Home(self.folder / "home")
-        self.user = getpass.getuser()
-        self.root = self.folder
+        folder = Path(tempfile.mkdtemp(prefix="coffret-test-ssh-"))
+        folder.chmod(0o755)
+        self.root = folder
         if chroot:
             self.root = self._make_chroot()
             more += _CHROOT.format(self.root)
-        make_key(self.folder / "host")
-        self.home.know(self.folder / "host.pub")
-        self.authorize(self.home.key)
-        self.port = free_port()
-        config = _CONFIG.format(port=self.port, folder=self.folder, more=more)
-        (self.folder / "config").write_text(config)
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(folder, more=more)
+        if chroot:
+            self.user = "nobody"
 
     def _make_chroot(self) -> Path:
         if os.getuid() != 0:
@@ -98,49 +51,15 @@ class SSHServer:
         (root / "data").mkdir()
         nobody = pwd.getpwnam("nobody")
         os.chown(root / "data", nobody.pw_uid, nobody.pw_gid)
-        self.user = "nobody"
         return root
-
-    def authorize(self, key: Path) -> None:
-        """Let in who has this key, and nobody else."""
-        authorized = self.folder / "authorized"
-        authorized.write_text(key.with_suffix(".pub").read_text())
-        authorized.chmod(0o644)
-
-    def start(self) -> None:
-        """Start, or start again, on the same port; returns when it answers."""
-        if os.getuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)
-        log = self.folder / "log"
-        command = [SSHD or "", "-D", "-e", "-f", str(self.folder / "config")]
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-        atexit.register(self.kill)
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        pytest.fail(f"sshd does not start: {log.read_text(errors='replace')[-1000:]}")
 
     def sessions(self) -> list[int]:
         """The process ids of those that serve somebody, children before their parents."""
-        assert self._process is not None
-        return _below(self._process.pid)
+        return children_of(self.pid)
 
     def kill_sessions(self) -> None:
         """End all connections as a crash does; the server goes on listening."""
         _kill(self.sessions())
-
-    def kill(self) -> None:
-        """As a power cut."""
-        if self._process is not None:
-            sessions = self.sessions()
-            self._process.kill()
-            self._process.wait()
-            _kill(sessions)
-            self._process = None
-        atexit.unregister(self.kill)
 
     def remove(self) -> None:
         """Kill it, and leave nothing behind."""
@@ -241,22 +160,3 @@ def shared_server(*, chroot: bool) -> SSHServer:
     atexit.register(server.remove)
     server.start()
     return server
-
-
-def make_key(path: Path) -> None:
-    """Make a key pair."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", path], check=True)
-
-
-def _below(pid: int) -> list[int]:
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return [found for child in children for found in (*_below(child), child)]
-
-
-def _kill(pids: Iterable[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
