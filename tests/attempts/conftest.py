@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.attempts.storage import _mirrors
+from tests.attempts.storage import mirrors
 from tests.fault_harness import make_source
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 async def _mirrors_are_closed() -> AsyncIterator[None]:
     yield
-    while _mirrors:
-        await _mirrors.pop().close()
+    while mirrors:
+        await mirrors.pop().close()
 
 
 @pytest.fixture

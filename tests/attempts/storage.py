@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 ONE_WORKER = BackupOptions(limits=Limits(workers=1))
-_mirrors: list[Mirror] = []
+mirrors: list[Mirror] = []
 
 
 class Storage:
@@ -37,7 +37,7 @@ class Storage:
 
     async def open(self, connector: Connector | None = None, folder: Path | None = None) -> Repository:
         mirror = await Mirror.open(folder, self.config.repository_id)
-        _mirrors.append(mirror)
+        mirrors.append(mirror)
         data = configuration.config_bytes(self.config)
         inner = connector or self.memory
         return Repository(inner, data, self.secrets, mirror, slot_id="", options=OpenOptions(), notes=[], writing=True)

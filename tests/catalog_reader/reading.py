@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
-from tests.catalogs import (
-    KEY,
-    PATHS,
-    FineCutter,
-    tree,
-)
+from tests.catalogs import KEY, PATHS, FineCutter, tree
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine

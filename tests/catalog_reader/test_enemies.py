@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.catalog_reader.reading import _FINE, TREES, collect, flat, run
-from tests.catalogs import (
-    DIRECTORY,
-    FILE,
-    Chunks,
-    build,
-    node,
-    ordered,
-)
+from tests.catalogs import DIRECTORY, FILE, Chunks, build, node, ordered
 
 from coffret.engine.catalog import describe, key_of
 from coffret.engine.catalog_reader import Attributes, Catalog, ParentCursor

@@ -10,17 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.catalog_reader.reading import _FINE, TREES, collect, flat, run
-from tests.catalogs import (
-    FILE,
-    KEY,
-    PATHS,
-    Chunks,
-    build,
-    components,
-    node,
-    ordered,
-    tree,
-)
+from tests.catalogs import FILE, KEY, PATHS, Chunks, build, components, node, ordered, tree
 
 from coffret.engine.catalog import Cutter, RefList, describe, join_path, key_of
 from coffret.engine.catalog_reader import Catalog, ParentCursor
