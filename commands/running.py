@@ -117,7 +117,8 @@ class Session:
             self._check_passphrase = "type it again: upper case, lower case and the keyboard's layout matter"
             found = ask("repository passphrase: ")
         # Deriving the key, which follows, takes 0.14 s of one core without the interpreter: use the other meanwhile.
-        threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
+        with suppress(RuntimeError):  # no further thread can be started
+            threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
         return found
 
     def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:

@@ -1,7 +1,8 @@
 """What lies in a directory, and a thread that reads directories before the scan comes to them.
 
 A scan is half system calls and half Python: with a second thread for the calls, which never holds the interpreter's
-lock, the two run side by side.
+lock, the two run side by side. What a link leads to and extended attributes are read later, when the scan comes to them: if
+one changes in between, its ctime is another than the one stored, and the next backup reads it again.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -54,10 +55,15 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     # Of what the scan will come to next: so many directories are looked at by the thread, so many entries of them are
-    # held at a time (of 110 bytes and their names), and one with more is left to the scan itself.
+    # held at a time (of 110 bytes and their names; each directory counts as some), and one with more is left to the scan
+    # itself.
     AHEAD_DIRECTORIES = 64
     AHEAD_NODES = 16_000
+    AHEAD_EACH = 16
     AHEAD_MAX_NODES = 8_000
+    # Room for this is made first: most directories hold less.
+    FIRST_NODES = 16
+    FIRST_NAMES = 256
     # The thread is woken for no less than this, since waking it takes as long as reading a directory.
     AHEAD_WORTH = 4
 
@@ -120,15 +126,15 @@ cdef Node* add_node(Listing* found, const char* name, size_t length) noexcept no
     """Room for an entry; NULL if there is no memory."""
     cdef void* grown
     if found.count == found.room:
-        grown = realloc(found.nodes, max(64, 2 * found.room) * sizeof(Node))
+        grown = realloc(found.nodes, max(FIRST_NODES, 2 * found.room) * sizeof(Node))
         if grown == NULL:
             return NULL
-        found.nodes, found.room = <Node*>grown, max(64, 2 * found.room)
+        found.nodes, found.room = <Node*>grown, max(FIRST_NODES, 2 * found.room)
     if found.used + length > found.names_room:
-        grown = realloc(found.names, max(2048, 2 * (found.used + length)))
+        grown = realloc(found.names, max(FIRST_NAMES, 2 * (found.used + length)))
         if grown == NULL:
             return NULL
-        found.names, found.names_room = <char*>grown, max(2048, 2 * (found.used + length))
+        found.names, found.names_room = <char*>grown, max(FIRST_NAMES, 2 * (found.used + length))
     cdef Node* node = &found.nodes[found.count]
     memcpy(found.names + found.used, name, length)
     node.offset, node.length = found.used, length
@@ -289,8 +295,11 @@ cdef class ReadAhead:
     def push(self, list directories not None):
         """Put directories on top, of which the first will be the next to be popped."""
         cdef Directory each
-        cdef size_t wanted = self.count + len(directories)
+        cdef size_t at, wanted = self.count + len(directories)
         cdef void* grown
+        for each in reversed(directories):
+            self.stack.append(each)
+        # Nothing here may raise while the lock is held.
         pthread_mutex_lock(&self.lock)
         if wanted > self.room:
             grown = realloc(self.listings, 2 * wanted * sizeof(Listing*))
@@ -298,10 +307,10 @@ cdef class ReadAhead:
                 pthread_mutex_unlock(&self.lock)
                 raise MemoryError
             self.listings, self.room = <Listing**>grown, 2 * wanted
-        for each in reversed(directories):
-            self.stack.append(each)
-            self.listings[self.count] = &each.listing
-            self.count += 1
+        for at in range(self.count, wanted):
+            each = <Directory>self.stack[at]
+            self.listings[at] = &each.listing
+        self.count = wanted
         self.offer()
         pthread_mutex_unlock(&self.lock)
 
@@ -322,8 +331,8 @@ cdef class ReadAhead:
                 pthread_cond_wait(&self.done, &self.lock)
             self.awaited = False
             self.count -= 1
-            if found.state == READ:
-                self.held -= min(self.held, found.count)
+            if found.state == READ and found.path != NULL:
+                self.held -= min(self.held, found.count + AHEAD_EACH)
             self.offer()
             pthread_mutex_unlock(&self.lock)
             if found.state != READ:
@@ -361,7 +370,8 @@ cdef class ReadAhead:
             state = read_listing(found, AHEAD_MAX_NODES)
             pthread_mutex_lock(&self.lock)
             found.state = state
-            self.held += found.count
+            if state == READ:
+                self.held += found.count + AHEAD_EACH
             if self.awaited:
                 pthread_cond_signal(&self.done)
         pthread_mutex_unlock(&self.lock)

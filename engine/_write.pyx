@@ -44,8 +44,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     PERMISSIONS = 0o7777
-    # What open(2) may give: set-id bits come when the content is whole.
-    PLAIN = 0o777
+    SET_ID = 0o6000
     PRIVATE = 0o600
     UNOWNED = 0o1777
     UNKNOWN = 0xFFFF
@@ -118,7 +117,7 @@ cdef class SmallWriter:
                     folder = writer.enter(directory)
                     plain = not writer.inherits
                 mode, uid, gid, _, mtime_ns, xattrs = meta
-                if plain and not extents and not xattrs and EARLIEST <= mtime_ns <= LATEST:
+                if plain and not extents and not xattrs and EARLIEST <= mtime_ns <= LATEST and self.plain(mode, uid, gid):
                     notes = self.write(writer, folder, name, temporary, meta, mode, uid, gid, mtime_ns, data, mark)
                 else:
                     self.word[0] = mark | 1
@@ -166,8 +165,9 @@ cdef class SmallWriter:
         cdef uint32_t given = 0, asked = self.allowed(mode, uid, gid)
         cdef bint ours = uid == self.uid and gid == self.gid
         self.word[0] = mark | 1
-        # Nobody may read it who may not in the end; and no set-id bits before the content is whole.
-        fd = create(folder, made, asked & PLAIN if ours or not self.owner else PRIVATE)
+        # Nobody may read it who may not in the end, whatever group the directory gives it; and no set-id bits before the
+        # content is whole.
+        fd = create(folder, made, asked & (0o707 | (asked & 0o7) << 3) if ours or not self.owner else PRIVATE)
         if fd < 0:
             raise OSError(errno, os.strerror(errno))
         self.word[0] = mark | 3
@@ -191,6 +191,10 @@ cdef class SmallWriter:
         if not finished:
             raise OSError(self.error, os.strerror(self.error))
         return notes
+
+    cdef bint plain(self, uint32_t mode, uint32_t uid, uint32_t gid) noexcept:
+        """Whether a file may have its owner before its content: who will own a set-id file must not get hold of it."""
+        return not mode & SET_ID or (uid == self.uid and gid == self.gid)
 
     cdef uint32_t allowed(self, uint32_t mode, uint32_t uid, uint32_t gid) noexcept:
         """The permissions to set: see `metadata.allowed_mode`."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from coffret.engine.sealing import Sealer
 
 
+# What a thread seals before it comes back, so that slabs go back soon and cancelling does not take long.
+_AT_ONCE_BYTES = 4 << 20
+
+
 @dataclass(slots=True)
 class Body:
     """A block compressed, waiting for its place; `seen` is the pack it did not fit in."""
@@ -85,18 +89,22 @@ class Packer:
             return True, builder if builder.full and not builder.sealing else None
 
     def seal(self, blocks: list[RawBlock], body: Body | None) -> tuple[int, Body | None, list[PackBuilder]]:
-        """Compress blocks and seal them into their open packs, up to one for which there is no room.
+        """Compress blocks and seal them into their open packs, some MiB, or up to one for which there is no room.
 
         Returns how many are sealed, the body of that one, to be given again when there is room, and the packs that
         waited for one of these last.
         """
         full: list[PackBuilder] = []
+        sealed_bytes = 0
         for count, block in enumerate(blocks):
+            if sealed_bytes >= _AT_ONCE_BYTES:
+                return count, None, full
             body = body or self._compress(block)
             placed, pack = self._place(body)
             if not placed:
                 return count, body, full
             body = None
+            sealed_bytes += block.raw_bytes
             if pack is not None:
                 full.append(pack)
         return len(blocks), None, full

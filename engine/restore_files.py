@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
-from coffret.engine.catalog_reader import Attributes, content_length
+from coffret.engine.catalog_reader import content_length
 from coffret.engine.errors import Damaged
 from coffret.engine.fetch import fetch_into
 from coffret.engine.metadata import without_xattrs
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     Faults = list[tuple[bytes, str, int]]
 
-_NO_ATTRIBUTES = Attributes([], b"")
 _NO_XATTRS: list[tuple[bytes, bytes]] = []
 # Small files are located this many at a time, some windows' worth, so that blocks which two windows need are few: with
 # 512 a third more was opened than there is, so 7 %. And other copies are sought when so many files have failed.
@@ -73,12 +72,24 @@ class FileWriter:
         self._tried: dict[bytes, frozenset[Spot]] = {}
         self._copies = Copies(fetcher.mirror, pool.slab_bytes)
 
+    async def add_plain(self, place: bytes, entries: Sequence[Entry]) -> None:
+        """Restore regular files of one directory that have nothing but content, some time."""
+        for entry in entries:
+            if entry.size > RESTORE_STREAM_BYTES:
+                await self._write_large(place, entry)
+            else:
+                self._files.append((place, entry))
+        await self._go_on()
+
     async def add(self, place: bytes, entry: Entry) -> None:
         """Restore a regular file, some time."""
         if entry.size > RESTORE_STREAM_BYTES or (entry.extra is not None and entry.extra.depth):
             await self._write_large(place, entry)
             return
         self._files.append((place, entry))
+        await self._go_on()
+
+    async def _go_on(self) -> None:
         if len(self._files) >= _FILES:
             await self._locate()
         if len(self._failed) + len(self._parts) >= _FAILED:

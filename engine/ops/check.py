@@ -63,6 +63,7 @@ async def check(
     """Check the whole repository, or only snapshots (each with a path in it, or None for all of it).
 
     :raises UsageError: if there is no such path
+    :raises CoffretError, ConnectorError: if the storage can't be asked, possibly in an ExceptionGroup
     """
     commits = await repository.commits()
     work = _Check(repository, options, progress)
@@ -137,7 +138,7 @@ class _Check:
 
         async with anyio.create_task_group() as group:
             # Who wants to see each file is to see it once.
-            if self._progress.on_item is None:
+            if self._progress.on_item is None and self.damage.summary.clean:
                 group.start_soon(walk)
             await self.packs.run(None)
             if not self.damage.summary.clean:

@@ -287,7 +287,9 @@ class _Restore:
 
     async def _section(self, directory: bytes, entries: Sequence[Entry]) -> None:
         place = directory[self._cut :]
-        wanted = [e for e in entries if not stat.S_ISDIR(e.mode) and self._wanted(directory, e)]
+        wanted = [e for e in entries if not stat.S_ISDIR(e.mode)]
+        if self._options.patterns is not None:
+            wanted = [e for e in wanted if self._wanted(directory, e)]
         self.matched += len(wanted)
         if self._options.overwrite == "never":
             await self._note_directories(directory, place, entries)
@@ -295,7 +297,12 @@ class _Restore:
             wanted = await self._leave(place, wanted)
         if wanted:
             self._lead_to(place)
-        for entry in wanted:
+        # As a rule all are plain files: a coroutine for each would cost more than all else that is done here.
+        plain = [entry for entry in wanted if entry.extra is None and stat.S_ISREG(entry.mode)]
+        await self._files.add_plain(place, plain)
+        for entry in wanted if len(plain) < len(wanted) else ():
+            if entry.extra is None and stat.S_ISREG(entry.mode):
+                continue
             if _linked(entry) and self._links.seen(place, entry, self._places if self._temporary else None):
                 continue
             await self._entry(place, entry)
