@@ -194,7 +194,7 @@ cdef class SmallWriter:
 
     cdef bint plain(self, uint32_t mode, uint32_t uid, uint32_t gid) noexcept:
         """Whether a file may have its owner before its content: who will own a set-id file must not get hold of it."""
-        return not mode & SET_ID or (uid == self.uid and gid == self.gid)
+        return not (self.owner and mode & SET_ID) or (uid == self.uid and gid == self.gid)
 
     cdef uint32_t allowed(self, uint32_t mode, uint32_t uid, uint32_t gid) noexcept:
         """The permissions to set: see `metadata.allowed_mode`."""
