@@ -42,7 +42,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self.read_bytes, self.write_bytes = sftp.limits.max_read_len, sftp.limits.max_write_len
         #: OpenSSH's server answers requests strictly one after the other, so that they need not wait for each other.
-        self.in_order = "OpenSSH" in str(connection.get_extra_info("server_version", ""))
+        #: (Its sshd may have another at work for it, which does not offer what only OpenSSH's has.)
+        self.in_order = "OpenSSH" in str(connection.get_extra_info("server_version", "")) and bool(
+            getattr(sftp._handler, "_supports_lsetstat", False)
+        )
         #: Whether links are offered; asyncssh tells of it by refusing one.
         self.links = bool(getattr(sftp._handler, "_supports_hardlink", True))
         #: Calls of the connector at work here, and those of them that move much.
@@ -174,11 +177,12 @@ class Connections:
             self._opening += 1
             another = asyncio.get_running_loop().create_task(self._open_another(len(usable)))
             self._tasks.add(another)
-            another.add_done_callback(self._tasks.discard)
+            another.add_done_callback(self._opened)
             if not reads:
-                refused = await another
-                if not (usable := self._usable()) and refused is not None:
-                    raise refused
+                # By itself: neither who waits for it nor `close`, which cancels it, is to end the other.
+                await asyncio.wait((another,))
+                if not (usable := self._usable()):
+                    raise self._why(another)
         return min(usable, key=lambda session: (session.large_calls, session.calls))
 
     async def close(self) -> None:
@@ -200,9 +204,18 @@ class Connections:
             self.note = f"{self.login.address}: no more than {others} connections: {error}"
             self._no_more_until = anyio.current_time() + _NO_MORE_S
             return error
-        finally:
-            self._opening -= 1
         return None
+
+    def _opened(self, task: asyncio.Task[ConnectorError | None]) -> None:
+        self._tasks.discard(task)
+        self._opening -= 1
+        if not task.cancelled():
+            task.exception()  # whoever waits for it learns of it; perhaps nobody does
+
+    def _why(self, task: asyncio.Task[ConnectorError | None]) -> BaseException:
+        """Why there is no session, after one more was tried."""
+        error = ConnectionLost("the repository is being closed") if task.cancelled() else task.exception()
+        return error or task.result() or ConnectionLost(f"{self.login.address}: the connection is lost")
 
     def _usable(self) -> list[Session]:
         for session in self._sessions:

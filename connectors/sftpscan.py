@@ -88,7 +88,8 @@ async def _read_in_order(files: Files, folder: str) -> tuple[list[asyncssh.SFTPN
     async def read(number: int) -> None:
         nonlocal at_end
         try:
-            pieces[number], at_end = await handler.readdir(handle)
+            pieces[number], ended = await handler.readdir(handle)
+            at_end = at_end or ended
         except asyncssh.SFTPEOFError:
             at_end = True
 

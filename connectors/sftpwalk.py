@@ -39,7 +39,7 @@ async def walk(files: Files, prefix: str) -> AsyncGenerator[ObjectInfo]:
             yield info_of(name, attributes)
         elif attributes.type == FOLDER:
             if name not in ahead:
-                await _look_ahead(files, [name, *_next_folders(levels[-1])], prefix, ahead)
+                await _look_ahead(files, [name, *_next_folders(levels[-1], ahead)], prefix, ahead)
             levels.append(ahead.pop(name))
 
 
@@ -62,8 +62,9 @@ async def check_root(files: Files) -> None:
         raise Refusal(NotFound, "the repository's folder is not on the server")
 
 
-def _next_folders(entries: Entries) -> list[str]:
-    folders = [name for name, attributes in entries if attributes.type == FOLDER]
+def _next_folders(entries: Entries, ahead: dict[str, Entries]) -> list[str]:
+    """The folders that come next and are not read ahead yet."""
+    folders = [name for name, attributes in entries if attributes.type == FOLDER and name not in ahead]
     return folders[:-_FOLDERS_AHEAD:-1]
 
 
@@ -86,10 +87,18 @@ async def _entries(files: Files, folder: str, prefix: str) -> Entries:
 
 
 async def _look_ahead(files: Files, folders: Sequence[str], prefix: str, ahead: dict[str, Entries]) -> None:
+    """Read folders, of which the first is wanted now; the others are if they can be.
+
+    Each is open on the server meanwhile, and it may not let so many be.
+    """
     left = iter(folders)
 
     async def look() -> None:
         for folder in left:
-            ahead[folder] = await _entries(files, folder, prefix)
+            try:
+                ahead[folder] = await _entries(files, folder, prefix)
+            except Refusal:
+                if folder == folders[0]:
+                    raise
 
     await in_parallel(look, len(folders))
