@@ -28,7 +28,7 @@ from coffret.engine.chunker import Chunker
 from coffret.engine.entries import make_entry, make_extra
 from coffret.engine.errors import SourceError, UsageError
 from coffret.engine.messages import Run, ScanPage
-from coffret.engine.processes import environment, exit_of, how_ended
+from coffret.engine.processes import all_ended, environment, exit_of, how_ended
 from coffret.engine.records import Entry, pack_ref
 from coffret.engine.settings import SLAB_BYTES
 
@@ -191,10 +191,9 @@ class StreamReader:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with anyio.move_on_after(_PATIENCE_S, shield=True):
-                await exit_of(process)
         assert process.stdout is not None
         process.stdout.close()
+        await all_ended([process], _PATIENCE_S)
 
 
 async def stream_stage(

@@ -233,8 +233,8 @@ class TestUnchanged:
             first = await back_up(opened, source)
             assert first.counts.read_bytes == size
             for _ in range(10):  # the directories above are in the catalog, and others may be at work in them
-                settle(*source.parents)
                 before = ancestry(source)
+                settle(*source.parents)  # if none changes from here on, none is racy
                 older, newer = await back_up(opened, source), await back_up(opened, source)
                 assert (older.counts.read_bytes, newer.counts.read_bytes) == (0, 0)
                 assert (newer.counts.new, newer.counts.files) == (0, 21)
