@@ -113,6 +113,8 @@ class Attempt:
             await put_once(self._connector, name, body)
         except AlreadyExists:
             raise LeaseLost("another process ended this backup while it was at work") from None
+        if self._kept is not None:  # the next run begins with reading it
+            await self._kept.keep({name: body})
 
     async def end(self) -> str:
         """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".

@@ -10,15 +10,38 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
 T = TypeVar("T")
+
+
+async def together(*calls: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """Run calls at the same time; return what each returns, in order.
+
+    If one fails the others are cancelled, and its error is raised as it is, in no group.
+    """
+    results: list[Any] = [None] * len(calls)
+    failures: list[Exception] = []
+
+    async def run(number: int, call: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            results[number] = await call()
+        except Exception as error:
+            failures.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for number, call in enumerate(calls):
+            group.start_soon(run, number, call)
+    if failures:
+        raise failures[0]
+    return results
 
 
 class Waiters:

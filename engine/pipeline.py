@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from coffret.engine.sealing import Sealer, Secrets
     from coffret.engine.storecache import StoreCache
 
+# As many as to a local disk.
+_FEW_UPLOADS = 2
 # Pages per step of the scan thread: a step costs a hop of about 60 µs.
 _PAGES_A_STEP = 4
 
@@ -61,8 +63,10 @@ class Limits:
     runs: int = 4
 
     def suited(self, capabilities: Capabilities) -> Limits:
-        """With what was left to the storage."""
-        return replace(self, uploads=self.uploads or capabilities.parallel_puts)
+        """With what was left to the storage. Many uploads at a time hold memory, which slabs then do without."""
+        uploads = self.uploads or capabilities.parallel_puts
+        slabs = max(2, self.slabs - 1) if uploads > _FEW_UPLOADS else self.slabs
+        return replace(self, uploads=uploads, slabs=min(self.slabs, slabs))
 
     @property
     def pack_buffers(self) -> int:

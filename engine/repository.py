@@ -18,7 +18,8 @@ from anyio import to_thread
 from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
-from coffret.engine.errors import Damaged, NoRepository, UsageError, WrongPassphrase
+from coffret.engine.errors import CoffretError, Damaged, NoRepository, UsageError, WrongPassphrase
+from coffret.engine.flow import together
 from coffret.engine.keyring import read_keyring
 from coffret.engine.sealing import Sealer
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector
     from coffret.connectors.trace import Calls
     from coffret.engine.fetch import Fetcher
+    from coffret.engine.keyring import Keyring
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
@@ -285,12 +287,12 @@ async def open_repository(
 
     options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
-        data = await _config(connector, url)
+        data, keyring = await together(partial(_config, connector, url), partial(_keyring, connector))
         config = configuration.parse_config(data)
         digest = configuration.config_hash(data)
         _check_pins(connector, data, options, pin=False)
         _check_encryption(config, url, options)
-        slot_id, secrets = await _unlock(connector, config, digest, passphrase)
+        slot_id, secrets = await _unlock(keyring, config, digest, passphrase)
         note = _check_pins(connector, data, options, writing=writing)
         folder, cache, kept = None, _cache_folder(options), None
         if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
@@ -397,16 +399,25 @@ def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
         )
 
 
+async def _keyring(connector: Connector) -> Keyring | Exception:
+    """The key slots, read beside the config; an error is for those who need them."""
+    try:
+        return await read_keyring(connector)
+    except (CoffretError, ConnectorError) as error:
+        return error
+
+
 async def _unlock(
-    connector: Connector, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
+    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
 ) -> tuple[str, Secrets]:
     if not config.encrypted:
         return "", configuration.clear_secrets(config)
-    slots = (await read_keyring(connector)).live
+    if isinstance(keyring, Exception):
+        raise keyring
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    return await to_thread.run_sync(keys.unlock, slots, given, digest)
+    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest)
 
 
 def _cache_folder(options: OpenOptions) -> Path:

@@ -9,7 +9,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from coffret.engine.flow import Channel, Waiters
+from coffret.engine.flow import Channel, Waiters, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,33 @@ async def settle() -> None:
     """Let every other task run until it waits."""
     for _ in range(20):
         await checkpoint()
+
+
+class TestTogether:
+    async def test_results_come_in_order(self) -> None:
+        async def after(count: int) -> int:
+            for _ in range(count):
+                await checkpoint()
+            return count
+
+        assert await together(lambda: after(5), lambda: after(0), lambda: after(2)) == [5, 0, 2]
+
+    async def test_one_that_fails_ends_the_others_and_is_raised_as_it_is(self) -> None:
+        ended: list[str] = []
+
+        async def waits() -> None:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended.append("waits")
+
+        async def fails() -> None:
+            await settle()
+            raise ValueError("so it is")
+
+        with pytest.raises(ValueError, match="so it is"):
+            await together(waits, fails)
+        assert ended == ["waits"]
 
 
 class TestWaiters:
