@@ -65,7 +65,7 @@ class Limits:
     def suited(self, capabilities: Capabilities) -> Limits:
         """With what was left to the storage. Many uploads at a time hold memory, which slabs then do without."""
         uploads = self.uploads or capabilities.parallel_puts
-        slabs = max(2, self.slabs - 1) if uploads > _FEW_UPLOADS else self.slabs
+        slabs = max(2, self.slabs - max(0, uploads - _FEW_UPLOADS))
         return replace(self, uploads=uploads, slabs=min(self.slabs, slabs))
 
     @property
