@@ -20,7 +20,7 @@ from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
 from coffret.engine.index import open_index
 from coffret.engine.mirror import MirrorBusy
-from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, batches, put_once, read_listed
+from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, batches, list_objects, put_once, read_listed
 from coffret.engine.packfile import pack_name
 from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
@@ -157,7 +157,7 @@ async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
 
 async def list_index(connector: Connector) -> list[ObjectInfo]:
     """The index objects there are."""
-    return [info async for info in connector.list("index/")]
+    return await list_objects(connector, "index/")
 
 
 async def update_mirror(

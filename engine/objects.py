@@ -68,3 +68,8 @@ async def _holds(connector: Connector, name: str, body: bytes) -> bool:
     if (await connector.stat(name)).size_bytes != len(body):
         return False
     return await connector.get(name) == body
+
+
+async def list_objects(connector: Connector, prefix: str) -> list[ObjectInfo]:
+    """The objects there are of a kind, given by its folder."""
+    return [info async for info in connector.list(prefix)]

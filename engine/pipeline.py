@@ -65,8 +65,8 @@ class Limits:
     def suited(self, capabilities: Capabilities) -> Limits:
         """With what was left to the storage. Many uploads at a time hold memory, which slabs then do without."""
         uploads = self.uploads or capabilities.parallel_puts
-        slabs = max(2, self.slabs - max(0, uploads - _FEW_UPLOADS))
-        return replace(self, uploads=uploads, slabs=min(self.slabs, slabs))
+        fewer = min(max(0, uploads - _FEW_UPLOADS), max(0, self.slabs - 2))
+        return replace(self, uploads=uploads, slabs=self.slabs - fewer)
 
     @property
     def pack_buffers(self) -> int:

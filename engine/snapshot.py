@@ -13,7 +13,7 @@ from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.flow import together
-from coffret.engine.objects import MAX_SNAPSHOT_BYTES, batches, read_listed
+from coffret.engine.objects import MAX_SNAPSHOT_BYTES, batches, list_objects, read_listed
 from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
 
     What is `kept` locally is not read again: an object's name never gets another content.
     """
-    listed, removals = await together(partial(_list, connector, "snapshots/"), partial(_list, connector, "removed/"))
+    listed, removals = await together(
+        partial(list_objects, connector, "snapshots/"), partial(list_objects, connector, "removed/")
+    )
     removed = {info.name[len("removed/") :] for info in removals}
     found: dict[bytes, Snapshot] = {}
     revoked: set[str] = set()
@@ -154,10 +156,6 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
     doubtful = _not_older(listed, snapshots, bad)
     return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful)
-
-
-async def _list(connector: Connector, prefix: str) -> list[ObjectInfo]:
-    return [info async for info in connector.list(prefix)]
 
 
 def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str]) -> tuple[str, ...]:
