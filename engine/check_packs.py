@@ -14,7 +14,7 @@ from coffret.engine.errors import Damaged
 from coffret.engine.fetch import unreadable
 from coffret.engine.index import open_index
 from coffret.engine.mirror import attempt_of
-from coffret.engine.objects import MAX_INDEX_BYTES, read_listed
+from coffret.engine.objects import MAX_INDEX_BYTES, list_objects, read_listed
 from coffret.engine.openpool import OpenPool
 from coffret.engine.openworker import TABLE, compare_tables
 from coffret.engine.packfile import TRAILER, PackReader, footer_length, pack_name
@@ -90,7 +90,7 @@ class PackCheck:
         """Go through the index objects that count: what an attempt that was taken for dead had put is void."""
         revoked = (await self._repository.commits()).revoked
         earlier = frozenset(self.seen)
-        listed = [info async for info in self._connector.list("index/")]
+        listed = await list_objects(self._connector, "index/")
         for info in listed:
             if attempt_of(info.name) in revoked or info.name in self._damage.index:
                 continue

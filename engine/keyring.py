@@ -23,6 +23,7 @@ from coffret.connectors.errors import AlreadyExists, NotFound
 from coffret.engine.configuration import utc_now
 from coffret.engine.errors import Damaged
 from coffret.engine.keys import MAX_SLOT_BYTES, MAX_SLOTS
+from coffret.engine.objects import list_objects
 from coffret.engine.records import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ async def read_keyring(connector: Connector) -> Keyring:
     :raises Damaged: if there are more slots than any repository has
     """
     for _ in range(_TRIES):
-        found = [info async for info in connector.list(_FOLDER)]
+        found = await list_objects(connector, _FOLDER)
         slots = {match[1]: info for info in found if (match := _SLOT.fullmatch(info.name))}
         removals = {int(match[1]): info for info in found if (match := _REMOVAL.fullmatch(info.name))}
         last = max(removals, default=0)

@@ -20,6 +20,7 @@ from coffret.engine.check_objects import check_objects
 from coffret.engine.check_packs import PackCheck
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.fetch import Fetcher, unreadable
+from coffret.engine.objects import list_objects
 from coffret.engine.packfile import pack_name
 from coffret.engine.progress import Item, Progress
 from coffret.engine.records import iter_refs
@@ -92,7 +93,7 @@ async def check(
 async def check_packs(connector: Connector, progress: Progress) -> CheckSummary:
     """Verify the checksums of all packs by their names: needs no passphrase, finds any altered byte."""
     summary = CheckSummary()
-    packs = [info async for info in connector.list("packs/")]
+    packs = await list_objects(connector, "packs/")
     progress.phase, progress.size_total = "packs", sum(info.size_bytes for info in packs)
     for info in packs:
         summary.packs += 1
