@@ -45,7 +45,7 @@ async def create_repository(
     data = configuration.config_bytes(config)
     async with bare_storage(url, options) as connector:
         await _make_place(connector, url)
-        notes = await _probe(connector)
+        notes = await probe(connector)
         if passphrase is not None:
             label = f"{os.uname().nodename}"
             slot_id, slot = await to_thread.run_sync(
@@ -92,7 +92,7 @@ def _taken(url: str) -> UsageError:
     return UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
 
 
-async def _probe(connector: Connector) -> list[str]:
+async def probe(connector: Connector) -> list[str]:
     """Race puts of one name, and see what the storage makes of it; return notes for the user.
 
     Backups need no exclusive puts, since no two writers ever use one name; maintenance does.
