@@ -15,6 +15,8 @@ from coffret.engine.flow import together
 from coffret.engine.sealing import HEADER_BYTES, kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coffret.connectors.base import Connector
     from coffret.engine.contents import Contents
     from coffret.engine.copier import Copier
@@ -45,6 +47,16 @@ async def check_snapshots(
         for name, mine, theirs in zip(some, heads[::2], heads[1::2], strict=True):
             if mine != theirs and kind_of(mine) in (sealing.SNAPSHOT, sealing.MARK):
                 raise used_by_itself(target, name)
+
+
+async def kinds_of(connector: Connector, names: Sequence[str]) -> dict[str, bytes]:
+    """The kinds of objects, by their headers; b"" of what has none, or is gone."""
+    kinds: dict[str, bytes] = {}
+    for at in range(0, len(names), _AT_ONCE):
+        some = names[at : at + _AT_ONCE]
+        heads = await together(*(partial(_head, connector, name) for name in some))
+        kinds.update(zip(some, map(kind_of, heads), strict=True))
+    return kinds
 
 
 def check_sizes(listed: Contents, there: Contents, copier: Copier) -> None:

@@ -99,6 +99,13 @@ async def list_contents(connector: Connector) -> Contents:
     return found
 
 
+async def list_snapshots(connector: Connector) -> dict[str, int]:
+    """What lies in `snapshots/` now: sizes in bytes by name."""
+    found = Contents()
+    await _list(connector, "snapshots/", found.snapshots, found)
+    return found.snapshots
+
+
 async def _list(connector: Connector, prefix: str, sizes: dict[str, int], found: Contents) -> None:
     async for info in connector.list(prefix):
         if _NAMES[prefix].fullmatch(info.name):

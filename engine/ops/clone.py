@@ -19,16 +19,15 @@ from anyio import to_thread
 
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
 from coffret.engine import configuration, sealing, state
-from coffret.engine.clone_conflicts import check_sizes, check_snapshots
+from coffret.engine.clone_conflicts import check_sizes, check_snapshots, kinds_of
 from coffret.engine.clone_keys import check_removals, copy_keys
-from coffret.engine.contents import list_contents
+from coffret.engine.contents import list_contents, list_snapshots
 from coffret.engine.copier import Copier
 from coffret.engine.creation import probe
 from coffret.engine.errors import CoffretError, NoRepository, UsageError
 from coffret.engine.objects import put_once
 from coffret.engine.progress import Progress
 from coffret.engine.repository import CONFIG, OpenOptions, bare_storage, known_config
-from coffret.engine.sealing import HEADER_BYTES, kind_of
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
@@ -194,12 +193,17 @@ class _Clone:
         if not await copy(listed.packs.without(there.packs)):
             return False
         progress.phase = "index"
-        if not await copy(index) or not await self._at_rest(listed):
+        kinds = await kinds_of(self._source, [name for name, _ in snapshots])
+        # What makes index objects void comes before them: the packs that they name may be gone.
+        if not await copy([job for job in snapshots if kinds[job[0]] == sealing.END]) or not await copy(index):
+            return False
+        if not await self._at_rest(listed):
             return False
         progress.phase = "snapshots"
         # What tells that a snapshot is removed comes before it, and the end of a mark after the mark.
+        commits = [job for job in snapshots if kinds[job[0]] != sealing.END]
         ends = [[mark for mark in marks if _end_of_mark(mark) == end] for end in _MARK_ENDS]
-        for objects in (removed, snapshots, *ends):
+        for objects in (removed, commits, *ends):
             if not await copy(objects):
                 return False
         return True
@@ -216,12 +220,8 @@ class _Clone:
 
     async def _at_rest(self, listed: Contents) -> bool:
         """Whether no maintenance has committed since snapshots were listed: it does so before it deletes anything."""
-        async for info in self._source.list("snapshots/"):
-            if info.name not in listed.snapshots:
-                header = await self._source.get(info.name, length=min(info.size_bytes, HEADER_BYTES))
-                if kind_of(header) != sealing.SNAPSHOT:
-                    return False
-        return True
+        names = (await list_snapshots(self._source)).keys() - listed.snapshots.keys()
+        return all(kind == sealing.SNAPSHOT for kind in (await kinds_of(self._source, [*names])).values())
 
     async def finish(self, url: str) -> None:
         """Copy keys and, last of all, the config: with it the copy is a repository.
