@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Each is begun because maintenance ended since the last: a repository that never comes to rest is not waited for.
 _PASSES = 10
+_ELSEWHERE = "choose a new or an empty place"
 # A mark, who was seen after it, and its end.
 _MARK_ENDS = ("", "seen", "done")
 
@@ -116,6 +117,8 @@ class _Clone:
             theirs = await self._target.get(CONFIG)
         except NotFound:
             theirs = b""
+        except NotStorage as error:
+            raise NoRepository(str(error), remedy=_ELSEWHERE) from None
         self._exists = theirs == self._data
         if theirs and not self._exists:
             configuration.parse_config(theirs)
@@ -140,7 +143,7 @@ class _Clone:
         # A clone that was interrupted has objects of this repository: no other has a name in common with it.
         if (refusal or len(found)) and found.missing_in(self._listed) == len(found):
             reason = str(refusal or f"{url} holds objects of another repository, without its config")
-            raise NoRepository(reason, remedy="choose a new or an empty place")
+            raise NoRepository(reason, remedy=_ELSEWHERE)
 
     async def run(self) -> None:
         """Copy all but keys and config.
