@@ -104,9 +104,9 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     fault_harness.create(tmp_path, encrypted=False)
     program, copy = Program(tmp_path), tmp_path / "copy"
     for index in range(4):
-        (tmp_path / str(index)).write_bytes(os.urandom(40 << 20))
+        (tmp_path / str(index)).write_bytes(os.urandom(6 << 20))
         program("backup", tmp_path / str(index))
-    process = program.start("clone", copy, "--limit-upload", "30M")
+    process = program.start("clone", copy, "--limit-upload", "6M")
     deadline = time.monotonic() + 60
     while not objects(copy, "packs") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -121,9 +121,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     assert "if it is a clone that was interrupted, run that again" in outcome.stderr
     summary = program("clone", copy, "--json").summary
     assert summary["kept"] >= len(there)
-    assert (
-        stored(copy).keys() - {f"tmp/{path.name}" for path in objects(copy, "tmp")} == stored(program.repository).keys()
-    )
+    assert {name for name in stored(copy) if not name.startswith("tmp/")} == stored(program.repository).keys()
     program("at", copy, "check")
 
 
@@ -161,8 +159,8 @@ def test_where_it_can_not_be(here: Here) -> None:
         (["clone", "to"], 2, "clone wants one DEST"),
         (["clone", "a", "b"], 2, "clone wants one DEST"),
         (["clone", home / "docs"], 10, "holds other files, 'letter' for one (choose a new or an empty place)"),
-        (["clone", home / "file"], 10, "is not a folder"),
-        (["clone", f"sqlite://{home}/file"], 10, "file"),
+        (["clone", home / "file"], 10, "Not a directory (choose a new or an empty place)"),
+        (["clone", f"sqlite://{home}/file"], 10, "(choose a new or an empty place)"),
         (["clone", here.repository], 2, "lies in the repository itself"),
         (["clone", here.repository / "packs" / "x"], 2, "lies in the repository itself"),
         (["clone", "ftp://x/y"], 2, "not a known kind"),
