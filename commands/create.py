@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     "--like",
     metavar="PEER",
     help="Cut and name chunks as the repository PEER does, so that what is copied from there is known to backups made"
-    " here; what encrypts is the new one's own. PEER's passphrase is asked for once, or comes from COFFRET_PEER_PASSPHRASE and its like.",
+    " here; what encrypts is the new one's own. PEER's passphrase is asked for once, or comes from"
+    " COFFRET_PEER_PASSPHRASE, COFFRET_PEER_PASSPHRASE_FILE or COFFRET_PEER_PASSPHRASE_COMMAND.",
 )
 @click.pass_obj
 def command(session: Session, no_encryption: bool, like: str | None) -> int:

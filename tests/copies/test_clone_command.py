@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests import fault_harness, test_storages
 from tests.fault_harness import Here, make_source, objects, put_in_place
-from tests.harness import Program
+from tests.harness import ROOT, Program
 from tests.test_json import validate_all
 
 if TYPE_CHECKING:
@@ -123,6 +124,26 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     assert summary["kept"] >= len(there)
     assert {name for name in stored(copy) if not name.startswith("tmp/")} == stored(program.repository).keys()
     program("at", copy, "check")
+
+
+def test_the_readme_s_commands(here: Here) -> None:
+    """Those of "Copies" run as they stand, with other places."""
+    _, _, section = (ROOT / "README.md").read_text().partition("\n## Copies\n")
+    lines = re.findall(r"^coffret (.*clone .*|.*--like .*|at sqlite.*ls)$", section, re.MULTILINE)
+    assert len(lines) >= 5
+    places = {
+        "/var/backups": here.repository,
+        "/media/stick": here.home / "stick",
+        "/srv/restored": here.home / "restored",
+        "/srv/second": here.home / "second",
+    }
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for place, path in places.items():
+            words = [word.replace(place, str(path)) for word in words]
+        outcome = here(*words, environment={"COFFRET_PEER_PASSPHRASE": fault_harness.PASSPHRASE})
+        assert len(outcome.stdout.splitlines()) == (2 if "ls" in words else 1)
+    assert stored(here.home / "restored") == stored(here.repository)
 
 
 def test_json(here: Here) -> None:

@@ -53,7 +53,9 @@ def make_peer(home: Path, passphrase: str | None) -> Config:
 
 
 def look_into(home: Path, name: str, passphrase: str | None) -> tuple[Secrets, set[bytes]]:
-    """The keys of a repository, and the ids of the chunks of files in its last snapshot. It opens nothing of the other."""
+    """The keys of a repository, and the chunk ids in its last snapshot's files. It opens nothing of the other."""
+
+    found = [*home.glob("peer/index/*"), *home.glob("new/index/*")]
 
     async def look() -> tuple[Secrets, set[bytes]]:
         options = OpenOptions(cache_dir=home / "cache", state_dir=home / "state" / "coffret")
@@ -63,9 +65,9 @@ def look_into(home: Path, name: str, passphrase: str | None) -> tuple[Secrets, s
         ) as opened:
             async for _, entries in opened.entries(await opened.find_snapshot("latest"), b"", recursive=True):
                 ids.update(chunk_id for entry in entries for chunk_id, _ in iter_refs(entry.content))
-            for path in [*home.glob("peer/index/*"), *home.glob("new/index/*")]:
+            for path in found:
                 index, data = f"index/{path.name}", path.read_bytes()
-                if (home / name / index).exists():
+                if path.parent.parent.name == name:
                     opened.sealer.open(sealing.INDEX, index, data)
                 else:
                     with pytest.raises(Damaged):
