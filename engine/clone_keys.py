@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from coffret.connectors.errors import AlreadyExists, NotFound
@@ -58,9 +59,12 @@ async def check_removals(source: Connector, target: Connector) -> None:
     """
     theirs = {info.name: info for info in await list_objects(target, "keys/removed-")}
     for info in await list_objects(source, "keys/removed-"):
-        if info.name in theirs:
-            sizes_differ = info.size_bytes != theirs[info.name].size_bytes
-            if sizes_differ or await source.get(info.name) != await target.get(info.name):
+        with suppress(NotFound, Damaged):  # what is damaged is told when it is copied
+            if info.name not in theirs:
+                continue
+            mine = await read_listed(source, info, MAX_REMOVAL_BYTES)
+            differs = mine != await read_listed(target, theirs[info.name], MAX_REMOVAL_BYTES)
+            if differs and parse_removal(mine) is not None:
                 raise used_by_itself(target, info.name)
 
 

@@ -90,8 +90,7 @@ class Copier:
             if size_bytes > limit_bytes:
                 self.report(name, f"has {size_bytes} bytes, more than any object of its kind")
             elif size_bytes <= len(buffer):
-                with memoryview(buffer)[:size_bytes] as view:
-                    await self._move(name, view, gone)
+                await self._move(name, memoryview(buffer)[:size_bytes], gone)
             else:
                 async with self._one_large:
                     await self._move(name, memoryview(bytearray(size_bytes)), gone)

@@ -114,7 +114,8 @@ class _Clone:
         :raises NoRepository: if it is no repository, and not the place for one
         """
         try:
-            theirs = await self._target.get(CONFIG)
+            size_bytes = (await self._target.stat(CONFIG)).size_bytes
+            theirs = await self._target.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
         except NotFound:
             theirs = b""
         except NotStorage as error:

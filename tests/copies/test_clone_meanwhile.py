@@ -189,8 +189,8 @@ async def test_backups_meanwhile(places: Places, tmp_path: Path, moment: str) ->
         await places.clone("r:", "x:")
         places.faults = {}
     assert len(made) > 1
-    assert await places.snapshots("x:") == made[: len(await places.snapshots("x:"))]
     assert made[0] in await places.snapshots("x:")
+    assert {*made} >= {*await places.snapshots("x:")}
     await places.clone("r:", "x:")
     assert places.objects("x:") == to_copy(places.objects("r:"))
-    assert await places.snapshots("x:", fast=False) == made
+    assert {*await places.snapshots("x:", fast=False)} == {*made}
