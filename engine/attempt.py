@@ -112,7 +112,7 @@ class Attempt:
         try:
             await put_once(self._connector, name, body)
         except AlreadyExists:
-            raise LeaseLost("another process ended this backup while it was at work") from None
+            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
         if self._kept is not None:  # the next run begins with reading it
             await self._kept.keep({name: body})
 
