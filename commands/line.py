@@ -26,6 +26,7 @@ COMMANDS = {
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
     "sync": ("sync", "Copy snapshots to, from or with another repository."),
+    "clone": ("clone", "Make an exact copy of the repository, or bring one up to date."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
 }

@@ -40,6 +40,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGE_FOUND = 4
 # The variables that give the passphrase of the other repository of a command begin so.
 PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
+# Commands that, interrupted, go on where they were when they are run again.
+_TAKEN_UP = ("backup", "push", "clone")
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 
@@ -207,7 +209,7 @@ class Session:
             else:
                 return self._report(error)
         if interrupted and code == INTERRUPTED:  # not if all was done by then
-            kept = "; what was stored is kept and will be taken up" if self.name in ("backup", "push") else ""
+            kept = "; what was stored is kept and will be taken up" if self.name in _TAKEN_UP else ""
             self.display.error(Interrupted(f"interrupted{kept}"))
             return INTERRUPTED
         return code
@@ -235,7 +237,7 @@ class Session:
         """Let an error say what helps this command."""
         if isinstance(error, WrongPassphrase) and error.remedy == WrongPassphrase.remedy:
             error.remedy = self._check_passphrase or error.remedy
-        elif isinstance(error, OutOfSpace) and self.name in ("backup", "push"):
+        elif isinstance(error, OutOfSpace) and self.name in _TAKEN_UP:
             error.remedy += "; what was stored is kept"
         elif isinstance(error, Damaged) and self.name == "check":
             error.exit_code = DAMAGE_FOUND

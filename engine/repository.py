@@ -392,6 +392,19 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
         yield connector
 
 
+async def known_config(connector: Connector, url: str, options: OpenOptions) -> bytes:
+    """The stored config of the repository that was at this location before, for what needs no keys.
+
+    :raises NoRepository: if there is none
+    :raises UsageError: if it has no encryption, and that is asked for
+    :raises RepositoryChanged: if it is another than before, or than the one expected
+    """
+    data = await _config(connector, url)
+    await to_thread.run_sync(partial(_check_pins, connector, data, options, pin=False))
+    _check_encryption(configuration.parse_config(data), url, options)
+    return data
+
+
 @asynccontextmanager
 async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
     """The storage at a location, whatever is there: for putting back what a repository lost."""
@@ -420,7 +433,8 @@ async def check_not_lost(connector: Connector, url: str) -> None:
         async for _ in connector.list("packs/"):
             raise NoRepository(
                 f"{url} holds a repository that has lost its config",
-                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`",
+                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`; or, if it is a "
+                "clone that was interrupted, run that again",
             )
 
 

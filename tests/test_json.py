@@ -142,7 +142,7 @@ def test_backup(program: Program, command: str) -> None:
     source = os.fsencode(program.home / "source")
     (program.home / "source" / "plain").write_text(f"plain {command}")
     outcome = program(command, "--json", "-v", source, source + b"/" + ODD)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of backup")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of backup")
     items = [message for message in messages if message["message_type"] == "item"]
     assert {item["status"] for item in items} <= {"new", "changed", "unmodified"}
     summary = messages[-1]
@@ -241,7 +241,7 @@ def test_ls_snapshot(program: Program) -> None:
 @pytest.mark.parametrize("how", [[], ["--fast"], ["--packs"], ["latest"], ["-v"], ["-v", "latest"]])
 def test_check(program: Program, how: list[str]) -> None:
     outcome = program("check", "--json", *how)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of check")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of check")
     assert messages[-1]["clean"] is True
     assert ("-v" in how) == bool(outcome.of_type("item"))
 
@@ -271,7 +271,7 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     place = os.fsencode(tmp_path) + b"/to \xff"
     snapshot = program("ls", "--json").messages[0]["snapshot_id"]
     outcome = program("restore", "--json", "-v", "-to", place, snapshot)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of restore")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of restore")
     source = os.fsencode(program.home / "source")
     paths = {path_of(item) for item in outcome.of_type("item")}
     assert paths >= {source, source + b"/plain", source + b"/" + ODD + b"/file"}
