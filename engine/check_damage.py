@@ -17,9 +17,13 @@ WHOLE = -1
 
 @dataclass(slots=True)
 class CheckSummary:
-    """What a check found. `damaged_files` counts (snapshot, path) pairs; each was reported as a fault."""
+    """What a check found. `damaged_files` counts (snapshot, path) pairs; each was reported as a fault.
+
+    `packs_read`: those of the packs that were read whole.
+    """
 
     packs: int = 0
+    packs_read: int = 0
     snapshots: int = 0
     files: int = 0
     size_bytes: int = 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector
     from coffret.engine.catalog import Key
+    from coffret.engine.check_subset import Subset
     from coffret.engine.mirror import Mirror
     from coffret.engine.records import Entry, PageRef
     from coffret.engine.repository import Repository
@@ -51,10 +52,12 @@ _ENTRIES = 512
 class CheckOptions:
     """How deep to look. `fast`: index, catalogs, existence and size of packs; nothing of packs' content.
 
-    `workers`: how many processes verify packs; None for the number that was measured best.
+    `subset`: the packs whose content is looked at; None for all. `workers`: how many processes verify packs; None for
+    the number that was measured best.
     """
 
     fast: bool = False
+    subset: Subset | None = None
     workers: int | None = None
 
 
@@ -90,13 +93,20 @@ async def check(
     return work.damage.summary
 
 
-async def check_packs(connector: Connector, progress: Progress) -> CheckSummary:
-    """Verify the checksums of all packs by their names: needs no passphrase, finds any altered byte."""
+async def check_packs(connector: Connector, progress: Progress, subset: Subset | None = None) -> CheckSummary:
+    """Verify the checksums of all packs, or of a subset, by their names.
+
+    Needs no passphrase, and finds any altered byte.
+    """
     summary = CheckSummary()
     packs = await list_objects(connector, "packs/")
+    if subset is not None:
+        chosen = subset.choose({info.name: info.size_bytes for info in packs})
+        packs = [info for info in packs if info.name in chosen]
     progress.phase, progress.size_total = "packs", sum(info.size_bytes for info in packs)
     for info in packs:
         summary.packs += 1
+        summary.packs_read += 1
         summary.size_bytes += info.size_bytes
         progress.size_bytes += info.size_bytes
         try:
@@ -118,7 +128,14 @@ class _Check:
     def __init__(self, repository: Repository, options: CheckOptions, progress: Progress) -> None:
         self._repository, self._options, self._progress = repository, options, progress
         self.damage = Damage(progress)
-        self.packs = PackCheck(repository, self.damage, progress, fast=options.fast, workers=options.workers)
+        self.packs = PackCheck(
+            repository,
+            self.damage,
+            progress,
+            fast=options.fast,
+            subset=options.subset,
+            workers=options.workers,
+        )
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
         self._look(repository.mirror)
