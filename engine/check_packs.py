@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,13 +11,13 @@ from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.engine.check_damage import WHOLE
 from coffret.engine.errors import Damaged
 from coffret.engine.fetch import unreadable
+from coffret.engine.footers import read_footer
 from coffret.engine.index import open_index
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, list_objects, read_listed
 from coffret.engine.openpool import OpenPool
 from coffret.engine.openworker import TABLE, compare_tables
-from coffret.engine.packfile import TRAILER, PackReader, footer_length, pack_name
-from coffret.engine.sealing import HEADER_BYTES
+from coffret.engine.packfile import pack_name
 from coffret.engine.settings import CHECK_SLABS, OPEN_WORKERS
 
 if TYPE_CHECKING:
@@ -187,12 +186,8 @@ class PackCheck:
         """Compare what another index object says of a pack that was seen already with the pack's own block table."""
         name = pack_name(table.pack)
         try:
-            header = await self._connector.get(name, length=HEADER_BYTES)
-            trailer = await self._connector.get(name, offset=size_bytes - TRAILER.size, length=TRAILER.size)
-            length = footer_length(trailer) + TRAILER.size
-            tail = await self._connector.get(name, offset=max(0, size_bytes - length), length=min(length, size_bytes))
-            blocks = await to_thread.run_sync(partial(PackReader(header, self._sealer).open_footer, tail, size_bytes))
-        except (Damaged, ConnectorError):
+            header, blocks = await read_footer(self._connector, self._sealer, name, size_bytes)
+        except Damaged:
             return  # reported when the pack was read
         rows = [(b.offset, b.stored_bytes, b.raw_bytes, b.codec, b.refs) for b in table.blocks]
         self._said(index, table, size_bytes, [r for _, r in compare_tables(header, blocks, table.header, rows)])

@@ -81,6 +81,11 @@ def seal_snapshot(sealer: Sealer, snapshot: Snapshot) -> bytes:
     return sealer.seal(sealing.SNAPSHOT, name, snapshot.attempt, encode(snapshot.header))
 
 
+def seal_end(sealer: Sealer, attempt: bytes, end: End) -> bytes:
+    """The object of an attempt that has put its own end, which is no snapshot."""
+    return sealer.seal(sealing.END, snapshot_name(attempt), attempt, encode(end))
+
+
 def open_snapshot(sealer: Sealer, name: str, data: bytes) -> Snapshot:
     """A snapshot from its object.
 
