@@ -67,3 +67,49 @@ def index(session: Session, everything: bool, dry_run: bool, exclusive: bool) ->
         return PARTLY if summary.damaged_packs or summary.left else 0
 
     return session.run(run, progress=True)
+
+
+@command.command(
+    "snapshots",
+    "Make of each damaged snapshot (default: of all) another, of what is whole in it. The damaged one stays.",
+)
+@click.argument("snapshots", nargs=-1, metavar="[SNAPSHOT]...")
+@click.option("--fast", is_flag=True, help="Go by the index, and by existence and size of packs; do not read them.")
+@click.option("--dry-run", is_flag=True, help="Tell what is lost; store nothing.")
+@click.pass_obj
+def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, dry_run: bool) -> int:
+    """Repair snapshots."""
+
+    async def run() -> int:
+        from coffret.engine.ops import repair
+
+        options = repair.SnapshotRepairOptions(fast=fast, dry_run=dry_run, workers=session.globals.workers)
+        async with session.repository("coffret.engine.ops.repair", writing=not dry_run) as repository:
+            found = {each.id: each for each in [await repository.find_snapshot(text) for text in snapshots]}
+            summary = await repair.repair_snapshots(
+                repository, [*found.values()] or None, options, session.display.progress
+            )
+        for each in summary.repaired:
+            session.display.line(
+                f"{each.damaged.short_id}: repaired as {each.snapshot.short_id}, without"
+                f" {counted(each.lost, 'path')} that {'is' if each.lost == 1 else 'are'} lost"
+            )
+            session.display.item(
+                snapshot_id=each.snapshot.id,
+                short_id=each.snapshot.short_id,
+                damaged_id=each.damaged.id,
+                lost=each.lost,
+            )
+        session.display.summary(
+            f"repair: {counted(len(summary.damaged), 'snapshot')} of {summary.snapshots:,}"
+            f" {'is' if len(summary.damaged) == 1 else 'are'} damaged, {len(summary.repaired):,} repaired",
+            snapshots=summary.snapshots,
+            damaged_snapshots=[each.id for each in summary.damaged],
+            repaired=len(summary.repaired),
+            hopeless_snapshots=summary.hopeless,
+            dry_run=dry_run,
+            duration_s=session.display.elapsed_s,
+        )
+        return PARTLY if summary.hopeless else 0
+
+    return session.run(run, progress=True)

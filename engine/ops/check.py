@@ -70,7 +70,7 @@ async def check(
     :raises CoffretError, ConnectorError: if the storage can't be asked, possibly in an ExceptionGroup
     """
     commits = await repository.commits()
-    work = _Check(repository, options, progress)
+    work = Checking(repository, options, progress)
     if targets is None:
         targets = [(snapshot, None) for snapshot in commits.snapshots]
         await check_objects(repository, work.damage, progress)
@@ -124,7 +124,9 @@ def _digest(data: bytes) -> bytes:
     return blake3(data).digest()
 
 
-class _Check:
+class Checking:
+    """A check at work; what it finds adds up in `damage`."""
+
     def __init__(self, repository: Repository, options: CheckOptions, progress: Progress) -> None:
         self._repository, self._options, self._progress = repository, options, progress
         self.damage = Damage(progress)
@@ -138,14 +140,14 @@ class _Check:
         )
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
-        self._look(repository.mirror)
+        self.look(repository.mirror)
 
     async def packs_and_files(self, targets: Targets) -> CheckSummary | None:
         """Verify all packs, and meanwhile in silence the files of snapshots as if no pack were damaged.
 
         Returns what was found of the files if that is how it is; else they are to be verified anew, and to be told of.
         """
-        ahead = _Check(self._repository, self._options, Progress())
+        ahead = Checking(self._repository, self._options, Progress())
         well = False
 
         async def walk() -> None:
@@ -169,7 +171,7 @@ class _Check:
         progress.phase, progress.files, progress.files_total = "files", found.files, found.files
         summary.snapshots, summary.files = found.snapshots, found.files
 
-    def _look(self, mirror: Mirror) -> None:
+    def look(self, mirror: Mirror) -> None:
         """Go by this view of the index."""
         repository = self._repository
         self._mirror = mirror
@@ -193,7 +195,7 @@ class _Check:
         wanted = await self._needed(targets)
         await self.packs.run(wanted)
         while self.damage.packs or self.damage.index:
-            self._look(await self.packs.view())
+            self.look(await self.packs.view())
             wanted = await self._needed(targets)
             if wanted <= self.packs.seen:
                 return
@@ -221,7 +223,7 @@ class _Check:
 
     async def snapshots(self, targets: Targets) -> None:
         """Verify that every file of snapshots has all its chunks, whole, by what is in the repository now."""
-        self._look(await self.packs.view())
+        self.look(await self.packs.view())
         for snapshot, path in targets:
             await self._snapshot(snapshot, path or b"")
 
@@ -275,11 +277,18 @@ class _Check:
                     self._known_pages.popitem(last=False)
 
     async def _entries(self, snapshot: Snapshot, catalog: Catalog, entries: list[tuple[bytes, Entry]]) -> None:
-        """Verify entries, each given with its directory: all their chunks are there, whole, and as long as the file."""
-        refs = [list(iter_refs(entry.content)) if _inline(entry) else [] for _, entry in entries]
+        """Verify entries, each given with its directory, and tell of them."""
+        reasons = await self.reasons(catalog, [entry for _, entry in entries])
+        for (directory, entry), reason in zip(entries, reasons, strict=True):
+            self._tell(snapshot, directory, entry, reason)
+
+    async def reasons(self, catalog: Catalog, entries: Sequence[Entry]) -> list[str]:
+        """Why each entry is not whole, or "": all its chunks are there, whole, and as long as the file."""
+        refs = [list(iter_refs(entry.content)) if _inline(entry) else [] for entry in entries]
         ids = [chunk_id for found in refs for chunk_id, _ in found]
         locations = iter(await self._mirror.locate(ids, avoid=self.damage.packs))
-        for (directory, entry), found in zip(entries, refs, strict=True):
+        reasons = []
+        for entry, found in zip(entries, refs, strict=True):
             reason, total = "", 0
             for chunk_id, length in found:
                 total += length
@@ -290,7 +299,8 @@ class _Check:
                 reason = reason or await self._rest(catalog, entry, total)
             elif total != entry.size and stat.S_ISREG(entry.mode):
                 reason = reason or "its chunks are not those of a file of its size"
-            self._tell(snapshot, directory, entry, reason)
+            reasons.append(reason)
+        return reasons
 
     async def _elsewhere(self, chunk_id: bytes, length: int) -> str:
         """Why a chunk can't be had, or "": it must be whole in one place, whichever."""
