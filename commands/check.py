@@ -92,6 +92,7 @@ def _report(session: Session, summary: CheckSummary, success: str) -> int:
         damaged_objects=summary.damaged_objects,
         damaged_snapshots=summary.damaged_snapshots,
         damaged_files=summary.damaged_files,
+        missing_snapshots=summary.missing_snapshots,
         duration_s=session.display.elapsed_s,
     )
     return 0 if summary.clean else DAMAGE_FOUND
@@ -109,6 +110,8 @@ def _damage(summary: CheckSummary) -> str:
         )
         if number
     ]
+    if not found:
+        return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
     # What a pack holds counts as stored as long as the pack is there with all its bytes, right or wrong.
     first = "move damaged packs out of the repository, then " if summary.damaged_packs else ""
     return (

@@ -80,6 +80,7 @@ class Session:
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
+            expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
         )
 

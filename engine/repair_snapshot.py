@@ -140,6 +140,7 @@ class SnapshotRepair:
         )
         snapshot = Snapshot(self.attempt.id, header)
         await self.attempt.commit(snapshot)
+        await self._repository.saw(snapshot)
         return Repaired(snapshot, self.damaged, self._lost)
 
     def _catalog(self, lost: Callable[[bytes, str], None]) -> Catalog:

@@ -130,13 +130,14 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
         name = info.name
         try:
-            if (data := known.get(name)) is None or len(data) != info.size_bytes:
+            snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
+            if snapshot is None:
                 data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
-            if sealing.kind_of(data) == sealing.END:
-                if open_end(sealer, name, data).outcome == "revoked":
+                snapshot = _open(sealer, name, data)
+            if isinstance(snapshot, End):
+                if snapshot.outcome == "revoked":
                     revoked.add(name.partition("/")[2])
                 return
-            snapshot = open_snapshot(sealer, name, data)
         except NotFound:
             return
         except Damaged as error:
@@ -161,6 +162,20 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
     doubtful = _not_older(listed, snapshots, bad)
     return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful)
+
+
+def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:
+    return open_end(sealer, name, data) if sealing.kind_of(data) == sealing.END else open_snapshot(sealer, name, data)
+
+
+def _open_kept(sealer: Sealer, name: str, data: bytes | None, size_bytes: int) -> Snapshot | End | None:
+    """What is kept locally, if it is what the repository has: damage to it is no damage to that."""
+    if data is None or len(data) != size_bytes:
+        return None
+    try:
+        return _open(sealer, name, data)
+    except Damaged:
+        return None
 
 
 def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str]) -> tuple[str, ...]:

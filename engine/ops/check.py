@@ -71,6 +71,7 @@ async def check(
     """
     commits = await repository.commits()
     work = Checking(repository, options, progress)
+    work.damage.summary.missing_snapshots += [*repository.rollback.gone, *repository.rollback.back]
     if targets is None:
         targets = [(snapshot, None) for snapshot in commits.snapshots]
         await check_objects(repository, work.damage, progress)

@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import fault_harness
 from tests.fault_harness import make_source, objects, put_in_place
@@ -23,6 +23,7 @@ _IDS = st.binary(min_size=32, max_size=32)
 _SIZES = st.dictionaries(_IDS.map(pack_name), st.integers(1, 1 << 25), max_size=60)
 
 
+@settings(deadline=None)
 @given(sizes=_SIZES, parts=st.integers(1, 300))
 def test_parts_are_all_of_it_and_do_not_overlap(sizes: dict[str, int], parts: int) -> None:
     chosen = [Subset.parse(f"{number}/{parts}").choose(sizes) for number in range(1, parts + 1)]
@@ -34,6 +35,7 @@ def test_parts_are_all_of_it_and_do_not_overlap(sizes: dict[str, int], parts: in
         ]
 
 
+@settings(deadline=None)
 @given(sizes=_SIZES, percent=st.floats(0.01, 100), seed=st.integers())
 def test_percentage(sizes: dict[str, int], percent: float, seed: int) -> None:
     chosen = Subset(percent=percent).choose(sizes, random.Random(seed))
@@ -41,6 +43,7 @@ def test_percentage(sizes: dict[str, int], percent: float, seed: int) -> None:
     assert len(chosen) == (max(1, int(len(sizes) * percent / 100)) if sizes else 0)
 
 
+@settings(deadline=None)
 @given(sizes=_SIZES, limit=st.integers(1, 1 << 28), seed=st.integers())
 def test_size(sizes: dict[str, int], limit: int, seed: int) -> None:
     chosen = Subset.parse(str(limit)).choose(sizes, random.Random(seed))
