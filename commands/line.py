@@ -26,6 +26,7 @@ COMMANDS = {
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
     "repair": ("repair", "Rebuild the index, or what is whole of damaged snapshots."),
+    "sync": ("sync", "Copy snapshots to, from or with another repository."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
 }

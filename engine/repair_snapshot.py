@@ -24,7 +24,7 @@ from coffret.engine.messages import MetaChunks, Run
 from coffret.engine.records import ID_BYTES, Counts, Entry, Section, SourceFault, iter_refs, pack_ref
 from coffret.engine.repair_catalog import CatalogRebuild, LostDirectories
 from coffret.engine.repair_writer import chunk_writer
-from coffret.engine.snapshot import Snapshot, load_faults
+from coffret.engine.snapshot import Snapshot, load_whole
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -125,7 +125,7 @@ class SnapshotRepair:
 
         :raises LeaseLost: if maintenance has ended this attempt
         """
-        old = await load_faults(self._repository.connector, self._repository.sealer, self.damaged)
+        old = await load_whole(self._repository.connector, self._repository.sealer, self.damaged)
         self._counts.stored_bytes, self._counts.added_bytes = self._progress.stored_bytes, self._progress.added_bytes
         header = msgspec.structs.replace(
             self.damaged.header,
@@ -134,7 +134,7 @@ class SnapshotRepair:
             catalog=root[0],
             depth=root[1],
             counts=self._counts,
-            faults=[*self._faults, *old][:_MAX_FAULTS],
+            faults=[*self._faults, *old.header.faults][:_MAX_FAULTS],
             parent=self.damaged.header.snapshot_id,
             program=f"coffret {__version__}",
         )

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
     from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
+    from coffret.engine.ops.sync import SyncOptions, SyncSummary
     from coffret.engine.progress import Progress
     from coffret.engine.records import Config, Entry, SourceFault
     from coffret.engine.sealing import Secrets
@@ -83,6 +84,7 @@ class Repository:
         options: OpenOptions,
         notes: list[str],
         kept: StoreCache | None = None,
+        cache_folder: Path | None = None,
         writing: bool = False,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
@@ -97,6 +99,8 @@ class Repository:
         self.sealer = Sealer(secrets, self.id_bytes)
         #: What is kept locally of a storage elsewhere, if anything is.
         self.kept = kept
+        #: The folder of what this machine caches of the repository; None if it keeps no cache.
+        self.cache_folder = cache_folder
         self._commits: Commits | None = None
         path = seen_path(connector.location, self.config.repository_id, options.state_dir)
         self._watch = Watch(connector, self.sealer, path)
@@ -113,9 +117,15 @@ class Repository:
             damaged = await self._follow(commits)
             self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
-            self.notes += [warning] if (warning := await self.watch(commits)) else []
+            await self._warn(commits)
             self._commits = commits
         return self._commits
+
+    async def _warn(self, commits: Commits) -> None:
+        """`watch`, for who only lists."""
+        warning = await self.watch(commits)
+        if warning and warning not in self.notes:
+            self.notes.append(warning)
 
     async def watch(self, commits: Commits) -> str:
         """Compare a listing with what was seen before at this location, and remember it; return a warning, or "".
@@ -165,9 +175,9 @@ class Repository:
 
         :raises Damaged: if the snapshot's object is not what was stored
         """
-        from coffret.engine.snapshot import load_faults
+        from coffret.engine.snapshot import load_whole
 
-        return await load_faults(self.connector, self.sealer, snapshot)
+        return (await load_whole(self.connector, self.sealer, snapshot)).header.faults
 
     async def backup(
         self,
@@ -183,12 +193,43 @@ class Repository:
         from coffret.engine.progress import Progress
 
         options = options or backup.BackupOptions()
-        if not self._writing and not options.dry_run:
-            await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
-            self._writing = True
+        if not options.dry_run:
+            await self._about_to_write()
         summary = await backup.backup(self, source, options, progress or Progress())
         self.forget_commits()
         return summary
+
+    async def sync(
+        self,
+        source: Repository,
+        snapshots: Sequence[Snapshot],
+        options: SyncOptions | None = None,
+        progress: Progress | None = None,
+    ) -> SyncSummary:
+        """Copy snapshots of another repository into this one; see `ops.sync.sync`.
+
+        :raises RepositoryChanged: if data might be written in clear to a repository put in the place of another
+        """
+        from coffret.engine.ops import sync
+        from coffret.engine.progress import Progress
+
+        await self._about_to_write()
+        summary = await sync.sync(source, self, snapshots, options or sync.SyncOptions(), progress or Progress())
+        self.forget_commits()
+        return summary
+
+    async def _about_to_write(self) -> None:
+        if not self._writing:
+            await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
+            self._writing = True
+
+    async def listed(self) -> Commits:
+        """The snapshots there are now, and nothing of the index: for comparing repositories."""
+        from coffret.engine.snapshot import load_commits
+
+        commits = await load_commits(self.connector, self.sealer, self.kept)
+        await self._warn(commits)
+        return commits
 
     async def restore(
         self,
@@ -347,6 +388,7 @@ async def open_repository(
                 options=options,
                 notes=notes,
                 kept=kept,
+                cache_folder=None if mirror.why_private else folder,
                 writing=writing,
             )
             if options.expect_state is not None:  # whatever is to be done

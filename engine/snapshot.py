@@ -18,7 +18,6 @@ from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end,
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector, ObjectInfo
-    from coffret.engine.records import SourceFault
     from coffret.engine.sealing import Sealer
     from coffret.engine.storecache import StoreCache
 
@@ -37,7 +36,7 @@ class NoSuchSnapshot(CoffretError):
 class Snapshot:
     """A committed snapshot: its header and the attempt that committed it.
 
-    In a listing the header is without its faults, which may be many: `load_faults` has them.
+    In a listing the header is without its faults, which may be many: `load_whole` has them.
     """
 
     attempt: bytes
@@ -60,7 +59,7 @@ class Commits:
 
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
     writer that relies on it says it anew. `doubtful`: the names of damaged objects that may be a later snapshot than
-    all others.
+    all others. `removed`: ids of snapshots that were removed and are not listed, in hexadecimal.
     """
 
     snapshots: list[Snapshot]
@@ -68,6 +67,7 @@ class Commits:
     revoked: frozenset[str]
     damaged: list[tuple[str, str]]
     doubtful: tuple[str, ...] = ()
+    removed: frozenset[str] = frozenset()
 
 
 def snapshot_name(attempt: bytes) -> str:
@@ -161,7 +161,8 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     bad = {name for name, _ in damaged}
     committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
     doubtful = _not_older(listed, snapshots, bad)
-    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful)
+    gone = {name.partition("-")[0] for name in removed} - {snapshot.id for snapshot in snapshots}
+    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, frozenset(gone))
 
 
 def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:
@@ -185,14 +186,14 @@ def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str
     return tuple(sorted(name for name in bad if times[name] >= latest_s))
 
 
-async def load_faults(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> list[SourceFault]:
-    """What could not be backed up as it should when a snapshot was made.
+async def load_whole(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> Snapshot:
+    """A listed snapshot with its faults: what could not be backed up as it should when it was made.
 
     :raises Damaged: if the snapshot's object is not what was stored
     :raises NotFound: if it is gone
     """
     info = await connector.stat(snapshot_name(snapshot.attempt))
-    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES)).header.faults
+    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES))
 
 
 def find_snapshot(commits: Commits, text: str) -> Snapshot:

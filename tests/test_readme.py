@@ -159,7 +159,7 @@ def test_files_that_are_named() -> None:
         assert compiled <= named[name], name
     parts = {
         path.relative_to(ROOT).as_posix()
-        for stem in ("restore_*", "check_*")
+        for stem in ("restore_*", "check_*", "sync_*")
         for path in (ROOT / "engine").glob(f"{stem}.py")
     }
     assert parts <= named["docs/architecture.md"]
