@@ -85,6 +85,7 @@ class Session:
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
+            expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
         )
 
@@ -95,7 +96,7 @@ class Session:
         What its connector is to know stands in the query of its URL.
         """
         encrypted_only = passphrase_is_set(os.environ, PEER_PREFIX)
-        return replace(self.options, connector={}, expect_id=None, encrypted_only=encrypted_only)
+        return replace(self.options, connector={}, expect_id=None, expect_state=None, encrypted_only=encrypted_only)
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
         self.display.note(f"{what} is tried again: {error}")

@@ -81,6 +81,11 @@ def seal_snapshot(sealer: Sealer, snapshot: Snapshot) -> bytes:
     return sealer.seal(sealing.SNAPSHOT, name, snapshot.attempt, encode(snapshot.header))
 
 
+def seal_end(sealer: Sealer, attempt: bytes, end: End) -> bytes:
+    """The object of an attempt that has put its own end, which is no snapshot."""
+    return sealer.seal(sealing.END, snapshot_name(attempt), attempt, encode(end))
+
+
 def open_snapshot(sealer: Sealer, name: str, data: bytes) -> Snapshot:
     """A snapshot from its object.
 
@@ -125,13 +130,14 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
         name = info.name
         try:
-            if (data := known.get(name)) is None or len(data) != info.size_bytes:
+            snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
+            if snapshot is None:
                 data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
-            if sealing.kind_of(data) == sealing.END:
-                if open_end(sealer, name, data).outcome == "revoked":
+                snapshot = _open(sealer, name, data)
+            if isinstance(snapshot, End):
+                if snapshot.outcome == "revoked":
                     revoked.add(name.partition("/")[2])
                 return
-            snapshot = open_snapshot(sealer, name, data)
         except NotFound:
             return
         except Damaged as error:
@@ -157,6 +163,20 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     doubtful = _not_older(listed, snapshots, bad)
     gone = {name.partition("-")[0] for name in removed} - {snapshot.id for snapshot in snapshots}
     return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, frozenset(gone))
+
+
+def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:
+    return open_end(sealer, name, data) if sealing.kind_of(data) == sealing.END else open_snapshot(sealer, name, data)
+
+
+def _open_kept(sealer: Sealer, name: str, data: bytes | None, size_bytes: int) -> Snapshot | End | None:
+    """What is kept locally, if it is what the repository has: damage to it is no damage to that."""
+    if data is None or len(data) != size_bytes:
+        return None
+    try:
+        return _open(sealer, name, data)
+    except Damaged:
+        return None
 
 
 def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str]) -> tuple[str, ...]:

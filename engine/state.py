@@ -1,6 +1,7 @@
 """Pins: which repositories this user has met at which location, so that another one put in their place is noticed.
 
     <state folder>/pins/<hash of the location>.json    {"location": …, "accepted": [[repository id, encryption, hash]]}
+    <state folder>/pins/<hash of location and repository id>.seen    the snapshots that were there: `engine/seen.py`
 
 A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
 files are this user's alone, replaced whole and durably, and changed under a lock that all processes of the user share.
@@ -80,7 +81,7 @@ def check(
         path = _path(location, folder)
         if _decide(location, _read(path), found, expect_id) or not pin:
             return ""
-        with _locked(path.parent):
+        with locked(path.parent):
             # Decided anew: another process may have met another repository here meanwhile.
             accepted = _read(path)
             if not _decide(location, accepted, found, expect_id):
@@ -144,11 +145,19 @@ def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | Non
 
 
 def _path(location: str, folder: Path | None) -> Path:
-    name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
+    return state_path(location, "json", folder)
+
+
+def state_path(what: str, kind: str, folder: Path | None) -> Path:
+    """Where what is remembered of something lies, in the user's state folder or another.
+
+    :raises OSError: if the user has none
+    """
+    name = blake3(what.encode("utf-8", "surrogateescape")).hexdigest(length=16)
     folder = folder or state_folder()
     if not folder.is_absolute():  # a literal "~"
         raise FileNotFoundError(errno.ENOENT, "this user has no home directory", str(folder))
-    return folder / "pins" / f"{name}.json"
+    return folder / "pins" / f"{name}.{kind}"
 
 
 def _read(path: Path) -> list[Pin]:
@@ -174,7 +183,7 @@ def _read(path: Path) -> list[Pin]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other processes and threads from changing pins."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -186,11 +195,15 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, content: _Location) -> None:
-    """Replace a pins file, durably: whole or not at all. Call under the lock."""
+    replace_file(path, msgspec.json.encode(content) + b"\n")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file of the state folder, durably: whole or not at all. Call under the lock."""
     fresh = path.with_suffix(".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(content) + b"\n")
+        file.write(data)
         file.flush()
         os.fsync(descriptor)
     fresh.replace(path)

@@ -134,6 +134,7 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
                 group.start_soon(work.attempt.keep)
             await work.attempt.begin(audit=options.force)
             work.tell()
+            await work.watch()
             await work.run(group)
             return await work.commit()
         except BaseException:
@@ -191,6 +192,11 @@ class _Backup:
         for name in self.attempt.commits.doubtful:
             self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
 
+    async def watch(self) -> None:
+        """See whether snapshots are gone that were seen before. A backup goes on: what it makes is one more."""
+        if warning := await self._repository.watch(self.attempt.commits):
+            self._progress.note(warning)
+
     async def run(self, group: TaskGroup) -> None:
         """Store everything, and make the index durable: what is left is the commit. `group`: for its helpers."""
         repository, options = self._repository, self._options
@@ -243,6 +249,7 @@ class _Backup:
         if not self._options.dry_run:
             self._progress.phase = "commit"
             await self.attempt.commit(snapshot)
+            await self._repository.saw(snapshot)
             # All that it names was stored, located or looked up; without the note the next run looks it up again.
             with contextlib.suppress(CoffretError):
                 await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])

@@ -63,7 +63,8 @@ class Stage:
         self.other = other.repository
 
     def reset(self) -> None:
-        """The repository as it was, and a cache that knows nothing."""
+        """The repository as it was, a cache that knows nothing, and a user who has seen nothing."""
+        fault_harness.forget_seen(self.home)
         replace_tree(self.kept, self.run.repository)
         shutil.rmtree(self.home / "cache", ignore_errors=True)
         shutil.rmtree(self.home / "target", ignore_errors=True)
