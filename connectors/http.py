@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from coffret.connectors import httperrors
 from coffret.connectors.base import NAME, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import ConnectionLost, InvalidRange, TransientError
-from coffret.connectors.httpclient import STALL_S, Client
+from coffret.connectors.httpclient import STALL_S, Client, drop
 from coffret.connectors.httpplace import parse_location
 from coffret.connectors.httpwire import CREATE, MTIME_HEADER, OBJECTS
 from coffret.connectors.s3body import Body, Watch
@@ -116,13 +116,13 @@ class HTTPConnector(Connector):
                     break
                 for line in lines:
                     info = self._listed(line, where)
-                    if info is None:
-                        answer.release()
+                    if info is not None:
+                        yield info
+                    elif not await self._client.piece(answer, where):  # so that its connection can be used again
                         return
-                    yield info
             raise ConnectionLost(f"{where}: the listing breaks off")
         finally:
-            answer.close()
+            drop(answer)
 
     async def stat(self, name: str) -> ObjectInfo:
         where, path = self._where(name)

@@ -137,7 +137,7 @@ class Client:
                             raise await self._refused(answer, where)
                         return await read(answer, watch)
                     except BaseException:
-                        answer.close()  # with whatever is still to be sent or read
+                        drop(answer)
                         raise
         except (ConnectionLost, InvalidLocation):
             raise
@@ -149,7 +149,10 @@ class Client:
     async def _refused(self, answer: ClientResponse, where: str) -> ConnectorError:
         word, message = answer.headers.get(ERROR_HEADER, ""), b""
         if word:
-            message = await answer.content.read(_MAX_MESSAGE_BYTES)
+            # To its end, so that the connection can be used again; the library sees to it that it is not if the body of
+            # the request has not gone out.
+            while len(message) < _MAX_MESSAGE_BYTES and (piece := await answer.content.readany()):
+                message += piece
         text = "".join(c if c.isprintable() else " " for c in message.decode("utf-8", "replace")).strip()
         return httperrors.refused(where, answer.status, word, text, self._token_source)
 
@@ -193,6 +196,17 @@ class Client:
             token, self._token_source = await to_thread.run_sync(httpplace.read_token, self.place)
             self._session = _session(self.place, prepared, token, clear=self.insecure or self.place.is_tls)
         return self._session
+
+
+def drop(answer: ClientResponse) -> None:
+    """Give up an answer, with whatever is still to be sent or read; one that was read to its end is no more concerned.
+
+    Its connection is cut at once. Over TLS an orderly end would wait for the other side.
+    """
+    connection = answer.connection
+    if connection is not None and connection.transport is not None:
+        connection.transport.abort()
+    answer.close()
 
 
 async def _read_info(answer: ClientResponse, _: Watch) -> bytes:
