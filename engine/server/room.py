@@ -72,7 +72,7 @@ class Room:
             finally:
                 view.release()
                 self._idle.append(memory)
-                while len(self._idle) > _KEPT:
+                while len(self._idle) > _KEPT or sum(map(len, self._idle)) > self.size_bytes:
                     self._idle.pop(0)
 
     def _memory(self, size_bytes: int) -> mmap.mmap:

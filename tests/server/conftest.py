@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -22,7 +23,16 @@ def make_folder(folder: Path) -> None:
         async with LocalConnector(folder / "repository") as connector:
             await connector.create()
 
-    anyio.run(make)
+    # In a thread, since the test may have a loop of its own.
+    thread = threading.Thread(target=anyio.run, args=(make,))
+    thread.start()
+    thread.join()
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """One loop is enough: the server has its own, and the conformance suite runs on both."""
+    return "asyncio", {"use_uvloop": False}
 
 
 @pytest.fixture
