@@ -112,6 +112,6 @@ def _untrusted(cause: ssl.SSLError, where: str) -> ConnectorError:
             f"{where}: the server's certificate is not trusted ({cause.verify_message}); if it is yours, name the PEM "
             "file of the authority that signed it: -o ca=/path/ca.pem"
         )
-    if cause.reason in _NO_TLS:
+    if getattr(cause, "reason", None) in _NO_TLS:
         return InvalidLocation(f"{where}: the server does not speak TLS here; http:// goes without")
     return ConnectionLost(f"{where}: {cause}")
