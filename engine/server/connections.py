@@ -89,7 +89,7 @@ class Connections(web.Server):
         """Close the connections on which nothing is asked at the moment."""
         for handler in self.connections:
             if handler not in busy:
-                handler.close()
+                handler.force_close()
 
     async def end(self) -> None:
         """Close all connections; return when what was still to be sent is, or nobody takes it."""

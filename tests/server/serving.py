@@ -181,6 +181,10 @@ class Raw:
     def send(self, data: bytes) -> None:
         self._socket.sendall(data)
 
+    def finish(self) -> None:
+        """Say that nothing more will be sent."""
+        self._socket.shutdown(socket.SHUT_WR)
+
     def receive(self, most_bytes: int = 1 << 16) -> bytes:
         """What comes next; b"" at the end, however it ends."""
         try:
