@@ -312,13 +312,13 @@ class Repository:
         only what Coffret keeps of repositories is left out.
         """
         asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
-        cache = _cache_folder(self.options), self.options.cache_dir, "[0-9a-f]" * 64 + "-*"
-        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, "pins"
+        cache = _cache_folder(self.options), self.options.cache_dir, ("[0-9a-f]" * 64 + "-*",)
+        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, state.KINDS
         places: list[Path] = []
-        for folder, chosen, pattern in (cache, kept):
+        for folder, chosen, patterns in (cache, kept):
             real = os.path.realpath(folder)
             if chosen or any(os.path.commonpath((real, path)) == real for path in asked_for):
-                places += folder.glob(pattern)
+                places += [place for pattern in patterns for place in folder.glob(pattern)]
             else:
                 places.append(folder)
         return frozenset(_identities([*places, *self.connector.places]))

@@ -1,7 +1,7 @@
 """Rollback: which snapshots this user has seen in a repository, so that it is noticed when a storage hides some.
 
 A storage can't forge a snapshot, but it can withhold one, or go back to an older state as a whole. So those that were
-there are remembered beside the pins (`engine/state.py`), by location and repository, 32 bytes each. One that is gone
+there are remembered in the state folder, as pins are (`engine/state.py`), by location and repository, 32 bytes each. One that is gone
 must have been removed by somebody with the keys: there is a record of it that opens, or a swept snapshot's end.
 
 The *state* of a repository is a hash of the ids of its snapshots, to be compared on another machine (`--expect-state`).
@@ -178,7 +178,7 @@ def _ids(pairs: Iterable[Pair]) -> tuple[str, ...]:
 def seen_path(location: str, repository_id: str, folder: Path | None) -> Path | None:
     """Where the snapshots seen of a repository at a location are remembered; None if this user has no state folder."""
     try:
-        return state.state_path(f"{location}\0{repository_id}", "seen", folder)
+        return state.file_of(f"{location}\0{repository_id}", "seen", folder)
     except OSError:
         return None
 
@@ -213,7 +213,7 @@ def change_seen(path: Path, live: set[Pair], removed: set[Pair], accept: bool) -
             gone = (seen.removed | removed) - (live if accept else set())
             fresh = Seen((seen.live | live) - gone, gone)
             if fresh != seen:
-                state.replace_file(path, _encoded(fresh))
+                state.replace_durably(path, _encoded(fresh))
     except OSError:
         return
 
