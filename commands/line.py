@@ -25,6 +25,7 @@ COMMANDS = {
     "ls": ("ls", "List snapshots, or what lies in one."),
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
+    "rm": ("rm", "Remove snapshots from the list."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
 }

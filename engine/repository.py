@@ -108,6 +108,10 @@ class Repository:
             self._commits = commits
         return self._commits
 
+    def forget_commits(self) -> None:
+        """Snapshots came or went: list them anew when they are asked for."""
+        self._commits = None
+
     async def _relist(self) -> None:
         await self._follow(await self.commits())
 
@@ -155,7 +159,7 @@ class Repository:
             await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
             self._writing = True
         summary = await backup.backup(self, source, options, progress or Progress())
-        self._commits = None
+        self.forget_commits()
         return summary
 
     async def restore(

@@ -283,6 +283,20 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     assert summary["kept"] >= 4
 
 
+def test_rm(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    ids = [program.backup(tmp_path / "source")["snapshot_id"] for _ in range(3)]
+    for dry in (["--dry-run"], []):
+        messages = validate_all(program("rm", "--json", *dry, *ids[:2], ids[0]), "item of ls", "summary of rm")
+        assert [message["snapshot_id"] for message in messages[:-1]] == messages[-1]["snapshot_ids"] == ids[:2]
+        assert (messages[-1]["removed"], messages[-1]["dry_run"]) == (2, bool(dry))
+    outcome = program("rm", "--json", *ids[1:])
+    assert validate_all(outcome, "item of ls", "summary of rm")[-1]["removed_before"] == [ids[1]]
+    assert program("ls", "--json").summary["snapshots"] == 0
+
+
 def test_info(program: Program) -> None:
     [summary] = validate_all(program("info", "--json"), summary="summary of info")
     assert summary["encryption"] == "none"
