@@ -26,6 +26,7 @@ COMMANDS = {
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
     "rm": ("rm", "Remove snapshots from the list."),
+    "prune": ("prune", "Remove the snapshots that a policy does not keep."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
 }

@@ -11,7 +11,7 @@ from coffret import __version__
 from coffret.commands.line import COMMANDS
 
 COMMAND_NAMES = [*COMMANDS]
-LATER = ["sync", "clone", "server", "prune", "maintenance", "agent", "cat", "diff", "find", "stats"]
+LATER = ["sync", "clone", "server", "maintenance", "agent", "cat", "diff", "find", "stats"]
 
 
 class TestLine:
