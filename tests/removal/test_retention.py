@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 import hypothesis.strategies as st
@@ -124,7 +123,8 @@ def test_a_bucket_keeps_its_last(found: list[Snapshot], number: int, form: str) 
     wanted = {newest[period].id for period in sorted(newest)[-number:]}
     if len(newest) < number:
         wanted.add(ordered[0].id)  # there are some left: the history is to reach as far as it can
-    assert kept(found, replace(Policy(), **{name: number})) == wanted
+    policy: dict[str, Any] = {name: number}
+    assert kept(found, Policy(**policy)) == wanted
 
 
 @given(histories(), st.integers(1, 50), st.integers(0, 60), st.integers(0, 60))
