@@ -28,6 +28,8 @@ COMMANDS = {
     "repair": ("repair", "Rebuild the index, or what is whole of damaged snapshots."),
     "sync": ("sync", "Copy snapshots to, from or with another repository."),
     "clone": ("clone", "Make an exact copy of the repository, or bring one up to date."),
+    "rm": ("rm", "Remove snapshots from the list."),
+    "prune": ("prune", "Remove the snapshots that a policy does not keep."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
     "server": ("server", "Serve a repository to other hosts; make tokens for them."),

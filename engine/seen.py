@@ -1,9 +1,9 @@
 """Rollback: which snapshots this user has seen in a repository, so that it is noticed when a storage hides some.
 
 A storage can't forge a snapshot, but it can withhold one, or go back to an older state as a whole. So those that were
-there are remembered in the state folder, as pins are (`engine/state.py`), by location and repository, 32 bytes each. One
-that is gone must have been removed by somebody with the keys: there is a record of it that opens, or a swept snapshot's
-end.
+there are remembered in the state folder, as pins are (`engine/state.py`), by location and repository, 32 bytes each.
+One that is gone must have been removed by somebody with the keys: there is a record of it that opens, or a swept
+snapshot's end.
 
 The *state* of a repository is a hash of the ids of its snapshots, to be compared on another machine (`--expect-state`).
 """

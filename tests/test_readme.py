@@ -151,6 +151,20 @@ def test_three_copies(tmp_path: Path) -> None:
     assert len(set(listed)) == 1 and listed[0]
 
 
+def test_removing_old_snapshots(tmp_path: Path) -> None:
+    """The commands of that block run as they stand, in a repository with some snapshots."""
+    [block] = [block for block in blocks("README.md", "sh") if "coffret rm" in block]
+    program = Program(tmp_path)
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    for _ in range(3):
+        program.backup(tmp_path / "source")
+    for line in block.splitlines():
+        program(*shlex.split(line, comments=True)[1:])
+    assert program("ls", "--json").summary["snapshots"] < 3
+    program("check")
+
+
 def test_library_example(tmp_path: Path) -> None:
     [example] = blocks("README.md", "python")
     (tmp_path / "ssh").mkdir()
