@@ -77,7 +77,7 @@ class TestLine:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (["create", "-like", "x"], "no option -like (see `coffret create --help`)"),
+            (["create", "-foo", "x"], "no option -foo (see `coffret create --help`)"),
             (["ls", "-foo"], "no option -foo (see `coffret ls --help`)"),
             (["ls", "-rx"], "no option -rx (see `coffret ls --help`)"),
             (["backup", "-dry-runx"], "no option -dry-runx; did you mean --dry-run? (see `coffret backup --help`)"),
