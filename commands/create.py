@@ -73,6 +73,8 @@ def _refuse(session: Session, no_encryption: bool) -> None:
     """
     if session.globals.expect_id is not None:
         raise UsageError("--expect-id is for a repository that exists: a new one gets a new id", remedy="leave it out")
+    if session.globals.expect_state is not None:
+        raise UsageError("--expect-state is for a repository that exists: a new one is empty", remedy="leave it out")
     if no_encryption and passphrase_is_set(os.environ):
         raise UsageError(
             "--no-encryption, and yet a passphrase is set",

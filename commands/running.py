@@ -80,11 +80,13 @@ class Session:
                 connections=found.connections,
                 upload=_rate(found.limit_upload),
                 download=_rate(found.limit_download),
+                insecure=found.insecure,
                 on_retry=self._retrying,
             ),
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
+            expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
         )
 
@@ -95,7 +97,7 @@ class Session:
         What its connector is to know stands in the query of its URL.
         """
         encrypted_only = passphrase_is_set(os.environ, PEER_PREFIX)
-        return replace(self.options, connector={}, expect_id=None, encrypted_only=encrypted_only)
+        return replace(self.options, connector={}, expect_id=None, expect_state=None, encrypted_only=encrypted_only)
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
         self.display.note(f"{what} is tried again: {error}")
@@ -161,18 +163,31 @@ class Session:
             threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
         return found
 
-    def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:
+    def run(
+        self,
+        operation: Callable[[], Awaitable[int]],
+        *,
+        progress: bool = False,
+        on_stop: Callable[[], object] | None = None,
+    ) -> int:
         """Run an operation in the event loop, with the display beside it if `progress`; return the exit code.
 
-        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it.
+        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it. What goes on
+        until it is told to end is given `on_stop`, which the first signal calls: its end is no interruption then.
         """
-        interrupted = False
+        asked, interrupted = False, False
 
         async def watch(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
-            nonlocal interrupted
+            nonlocal asked, interrupted
             async for number in signals:
-                if interrupted and number == signal.SIGHUP:
+                if asked and number == signal.SIGHUP:
                     continue
+                if on_stop is not None and not asked:
+                    asked = True
+                    self.display.note(f"{number.name}: stopping when what is under way is done")
+                    on_stop()
+                    continue
+                asked = True
                 if interrupted:
                     self.display.close()
                     os.kill(os.getpid(), signal.SIGKILL)

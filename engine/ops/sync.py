@@ -250,6 +250,7 @@ class _Copy:
         """Put the snapshot."""
         snapshot = Snapshot(self.attempt.id, self._header)
         await self.attempt.commit(snapshot)
+        await self._target.saw(snapshot)
         with contextlib.suppress(CoffretError):  # without the note the next run looks it up again
             await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
         return snapshot
