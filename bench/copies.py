@@ -71,6 +71,7 @@ class CopyBench:
             "coffret": self._command("clone", copy),
             "cp": Command(("sh", "-ec", _COPY, str(self.repository), copy), self._environment(), self.work),
         }
+        shown = {"coffret": "coffret clone {copy}", "cp": _COPY.replace("$0", "{repository}").replace("$1", "{copy}")}
         size_bytes = stored_bytes(self.repository)
         lines = {
             name: Measurement(
@@ -79,11 +80,11 @@ class CopyBench:
                 scenario="clone",
                 contender=name,
                 version="",
-                command=" ".join(command.arguments[-3:]),
+                command=shown[name],
                 wall_s=[],
                 repository_bytes=size_bytes,
             )
-            for name, command in commands.items()
+            for name in commands
         }
         for number in range(rounds):
             for name in sorted(commands, reverse=bool(number % 2)):
