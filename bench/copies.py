@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.bars import CLONE
 from bench.contenders import PASSPHRASE
 from bench.datasets import default_folder, load
 from bench.measure import Command, CommandFailed, run, stored_bytes, warm
@@ -77,7 +78,7 @@ class CopyBench:
             name: Measurement(
                 run=self.run,
                 dataset=self.dataset,
-                scenario="clone",
+                scenario=CLONE,
                 contender=name,
                 version="",
                 command=shown[name],
