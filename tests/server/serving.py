@@ -212,7 +212,7 @@ class Raw:
         return int(words[1]) if len(words) > 1 else 0
 
 
-def request(method: str, path: str, token: str = "", *, body: bytes = b"", **headers: str) -> bytes:
+def request(method: str, path: str, token: str = "", /, body: bytes = b"", **headers: str) -> bytes:
     """A request as it goes over the wire. Headers' names are written with underscores."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
     if token:

@@ -396,7 +396,7 @@ class TestOnThisMachine:
     )  # fmt: skip
     def test_pages_in_a_browser_are_refused(self, open_server: Serving, headers: dict[str, str], status: int) -> None:
         host = headers.pop("Host", "localhost")
-        data = request("GET", "/v1/", **headers)
+        data = request("GET", "/v1/", "", b"", **headers)
         data = data.replace(b"Host: localhost\r\n", f"Host: {host}\r\n".encode() if host else b"")
         with Raw(open_server.port) as raw:
             raw.send(data)
@@ -505,7 +505,7 @@ async def test_no_room_is_told_in_time(tmp_path: Path) -> None:
     with Serving(tmp_path, limits=replace(Limits(), memory_bytes=16 * MIB, room_wait_s=SHORT_S)) as server:
         with Raw(server.port) as raw:
             headers = {"Content_Length": str(len(body)), "Expect": "100-continue"}
-            raw.send(request("PUT", f"/v1/objects/{name}", server.token(FULL), **headers))
+            raw.send(request("PUT", f"/v1/objects/{name}", server.token(FULL), b"", **headers))
             assert raw.status() == 100  # it has the room
             async with server.connector() as connector:
                 other = sealed.pack(3 * MIB)
