@@ -25,6 +25,11 @@ COMMANDS = {
     "ls": ("ls", "List snapshots, or what lies in one."),
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
+    "repair": ("repair", "Rebuild the index, or what is whole of damaged snapshots."),
+    "sync": ("sync", "Copy snapshots to, from or with another repository."),
+    "clone": ("clone", "Make an exact copy of the repository, or bring one up to date."),
+    "rm": ("rm", "Remove snapshots from the list."),
+    "prune": ("prune", "Remove the snapshots that a policy does not keep."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
     "server": ("server", "Serve a repository to other hosts; make tokens for them."),
@@ -45,6 +50,7 @@ VALUES = {
     "--workers": "workers",
     "--cache-dir": "cache_dir",
     "--expect-id": "expect_id",
+    "--expect-state": "expect_state",
     "-o": "option",
     "--option": "option",
 }
@@ -68,6 +74,8 @@ Global options, anywhere on the line:
   --no-cache            keep no local cache
   --insecure            speak to a server on another host without TLS, or serve one so
   --expect-id ID        fail unless the repository has this id; accepts a repository that has changed
+  --expect-state STATE  fail unless the snapshots are there that were when a backup told this state; newer ones may be,
+                        and others that were seen here are not missed any more
   -o KEY=VALUE          an option of the storage
   --help                this text, or a command's
 
@@ -103,6 +111,7 @@ class Globals:
     workers: int | None = None
     cache_dir: str | None = None
     expect_id: str | None = None
+    expect_state: str | None = None
     options: dict[str, str] = field(default_factory=dict)
 
 

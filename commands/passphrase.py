@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NEW = "COFFRET_NEW_PASSPHRASE"
 
 
-class _Group(click.Group):
+class Group(click.Group):
     """A group that lists its commands with all that their help says, not with the beginning of it."""
 
     def command(self, name: str, text: str) -> Callable[..., Any]:  # type: ignore[override]
@@ -31,7 +31,7 @@ class _Group(click.Group):
 
 
 @click.group(
-    cls=_Group,
+    cls=Group,
     epilog=EPILOG,
     no_args_is_help=False,
     help="Passphrases that open the repository. A new one is asked for twice on a terminal, or comes from"

@@ -1,6 +1,7 @@
 """Pins: which repositories this user has met at which location, so that another one put in their place is noticed.
 
     <state folder>/pins/<hash of the location>.json    {"location": …, "accepted": [[repository id, encryption, hash]]}
+    <state folder>/pins/<hash of location and repository id>.seen    the snapshots that were there: `engine/seen.py`
 
 A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
 files are this user's alone, replaced whole and durably, and changed under a lock that all processes of the user share.
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+#: The folders below the state folder, by what their files are about.
+KINDS = ("pins", "seen", "server")
 _MAX_FILE_BYTES = 1 << 20
 _ACCEPT = "if that is intended, accept it with --expect-id {}; otherwise do not trust this storage"
 
