@@ -16,6 +16,7 @@ from tests.server.serving import Raw, Serving, request
 
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
+from coffret.connectors.limit import Pace
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine.server.limits import Limits, Tries, address_of
@@ -588,3 +589,23 @@ def test_addresses() -> None:
     assert address_of(("2001:db8:1:2::", 5, 0, 0)) != address_of(("2001:db8:1:3::", 5, 0, 0))
     assert address_of(("fe80::1%eth0", 5, 0, 2)).startswith("fe80")
     assert address_of(None) == address_of(os.devnull) == ""
+
+
+@pytest.mark.anyio
+async def test_limits_hold_all_clients_together(tmp_path: Path) -> None:
+    """They wait, however long it takes, though nobody may be silent for so long."""
+    make_folder(tmp_path)
+    begin = time.monotonic()
+    limits = replace(Limits(), stall_s=SHORT_S, put_s=SHORT_S * 5)
+    with Serving(tmp_path, limits=limits, pace=Pace(2e6, 2e6)) as server:
+
+        async def move() -> None:
+            name, body = sealed.pack(600_000)
+            async with server.connector(token=server.new_token(APPEND_ONLY)[1]) as connector:
+                await connector.put(name, [body])
+                assert await connector.get(name) == body
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(move)
+    assert time.monotonic() - begin > 1.0  # 1.8 MB each way, less what is let through at once
