@@ -40,6 +40,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGE_FOUND = 4
 # The variables that give the passphrase of the other repository of a command begin so.
 PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
+# Commands that, interrupted, go on where they were when they are run again.
+_TAKEN_UP = ("backup", "push", "clone")
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 
@@ -78,6 +80,7 @@ class Session:
                 connections=found.connections,
                 upload=_rate(found.limit_upload),
                 download=_rate(found.limit_download),
+                insecure=found.insecure,
                 on_retry=self._retrying,
             ),
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
@@ -160,18 +163,31 @@ class Session:
             threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
         return found
 
-    def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:
+    def run(
+        self,
+        operation: Callable[[], Awaitable[int]],
+        *,
+        progress: bool = False,
+        on_stop: Callable[[], object] | None = None,
+    ) -> int:
         """Run an operation in the event loop, with the display beside it if `progress`; return the exit code.
 
-        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it.
+        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it. What goes on
+        until it is told to end is given `on_stop`, which the first signal calls: its end is no interruption then.
         """
-        interrupted = False
+        asked, interrupted = False, False
 
         async def watch(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
-            nonlocal interrupted
+            nonlocal asked, interrupted
             async for number in signals:
-                if interrupted and number == signal.SIGHUP:
+                if asked and number == signal.SIGHUP:
                     continue
+                if on_stop is not None and not asked:
+                    asked = True
+                    self.display.note(f"{number.name}: stopping when what is under way is done")
+                    on_stop()
+                    continue
+                asked = True
                 if interrupted:
                     self.display.close()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -208,7 +224,7 @@ class Session:
             else:
                 return self._report(error)
         if interrupted and code == INTERRUPTED:  # not if all was done by then
-            kept = "; what was stored is kept and will be taken up" if self.name in ("backup", "push") else ""
+            kept = "; what was stored is kept and will be taken up" if self.name in _TAKEN_UP else ""
             self.display.error(Interrupted(f"interrupted{kept}"))
             return INTERRUPTED
         return code
@@ -236,7 +252,7 @@ class Session:
         """Let an error say what helps this command."""
         if isinstance(error, WrongPassphrase) and error.remedy == WrongPassphrase.remedy:
             error.remedy = self._check_passphrase or error.remedy
-        elif isinstance(error, OutOfSpace) and self.name in ("backup", "push"):
+        elif isinstance(error, OutOfSpace) and self.name in _TAKEN_UP:
             error.remedy += "; what was stored is kept"
         elif isinstance(error, Damaged) and self.name == "check":
             error.exit_code = DAMAGE_FOUND

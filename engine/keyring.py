@@ -33,7 +33,7 @@ _FOLDER = "keys/"
 _SLOT = re.compile(r"keys/([0-9a-f]{64})")
 _REMOVAL = re.compile(r"keys/removed-([1-9][0-9]{0,5})")
 # One removal a day for 270 years; each adds 67 bytes to those after it.
-_MAX_REMOVALS, _MAX_REMOVAL_BYTES = 99_999, 8 << 20
+_MAX_REMOVALS, MAX_REMOVAL_BYTES = 99_999, 8 << 20
 # Slots that vanish while they are read are listed again; a storage that never comes to rest is not obeyed.
 _TRIES = 20
 
@@ -132,10 +132,10 @@ async def _last_removal(connector: Connector, removals: dict[int, ObjectInfo]) -
     for number in sorted(removals, reverse=True):
         info = removals[number]
         try:
-            data = await connector.get(info.name, length=min(info.size_bytes, _MAX_REMOVAL_BYTES))
+            data = await connector.get(info.name, length=min(info.size_bytes, MAX_REMOVAL_BYTES))
         except NotFound:
             data = b""
-        if (removed := _parse_removal(data)) is not None:
+        if (removed := parse_removal(data)) is not None:
             return removed, intact
         intact = False
     return frozenset(), intact
@@ -145,7 +145,7 @@ def _checksum(removal: Removal) -> bytes:
     return blake3(msgspec.json.encode(msgspec.structs.replace(removal, checksum=b""))).digest()
 
 
-def _parse_removal(data: bytes) -> frozenset[str] | None:
+def parse_removal(data: bytes) -> frozenset[str] | None:
     """The slots a removal names, or None if it is not what was put there."""
     try:
         removal = msgspec.json.decode(data, type=Removal, strict=True)

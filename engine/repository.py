@@ -313,13 +313,13 @@ class Repository:
         only what Coffret keeps of repositories is left out.
         """
         asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
-        cache = _cache_folder(self.options), self.options.cache_dir, "[0-9a-f]" * 64 + "-*"
-        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, "pins"
+        cache = _cache_folder(self.options), self.options.cache_dir, ("[0-9a-f]" * 64 + "-*",)
+        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, state.KINDS
         places: list[Path] = []
-        for folder, chosen, pattern in (cache, kept):
+        for folder, chosen, patterns in (cache, kept):
             real = os.path.realpath(folder)
             if chosen or any(os.path.commonpath((real, path)) == real for path in asked_for):
-                places += folder.glob(pattern)
+                places += [place for pattern in patterns for place in folder.glob(pattern)]
             else:
                 places.append(folder)
         return frozenset(_identities([*places, *self.connector.places]))
@@ -440,6 +440,19 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
         yield connector
 
 
+async def known_config(connector: Connector, url: str, options: OpenOptions) -> bytes:
+    """The stored config of the repository that was at this location before, for what needs no keys.
+
+    :raises NoRepository: if there is none
+    :raises UsageError: if it has no encryption, and that is asked for
+    :raises RepositoryChanged: if it is another than before, or than the one expected
+    """
+    data = await _config(connector, url)
+    await to_thread.run_sync(partial(_check_pins, connector, data, options, pin=False))
+    _check_encryption(configuration.parse_config(data), url, options)
+    return data
+
+
 @asynccontextmanager
 async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
     """The storage at a location, whatever is there: for putting back what a repository lost."""
@@ -468,7 +481,8 @@ async def check_not_lost(connector: Connector, url: str) -> None:
         async for _ in connector.list("packs/"):
             raise NoRepository(
                 f"{url} holds a repository that has lost its config",
-                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`",
+                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`; or, if it is a "
+                "clone that was interrupted, run that again",
             )
 
 

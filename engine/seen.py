@@ -1,8 +1,9 @@
 """Rollback: which snapshots this user has seen in a repository, so that it is noticed when a storage hides some.
 
 A storage can't forge a snapshot, but it can withhold one, or go back to an older state as a whole. So those that were
-there are remembered beside the pins (`engine/state.py`), by location and repository, 32 bytes each. One that is gone
-must have been removed by somebody with the keys: there is a record of it that opens, or a swept snapshot's end.
+there are remembered in the state folder, as pins are (`engine/state.py`), by location and repository, 32 bytes each.
+One that is gone must have been removed by somebody with the keys: there is a record of it that opens, or a swept
+snapshot's end.
 
 The *state* of a repository is a hash of the ids of its snapshots, to be compared on another machine (`--expect-state`).
 """
@@ -20,7 +21,7 @@ from coffret.connectors.errors import NotFound
 from coffret.engine import sealing, state
 from coffret.engine.errors import Damaged, RepositoryChanged
 from coffret.engine.objects import MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, list_objects, read_listed
-from coffret.engine.snapshot import SHORT_ID_DIGITS, open_end, open_snapshot, snapshot_name
+from coffret.engine.snapshot import SHORT_ID_DIGITS, open_end, open_snapshot, removal_name, snapshot_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -135,7 +136,7 @@ class Watch:
 
     async def _is_removed(self, pair: Pair) -> bool:
         """Whether somebody with the keys has removed a snapshot."""
-        record, end = _record_name(pair), snapshot_name(pair[1])
+        record, end = removal_name(*pair), snapshot_name(pair[1])
         if (data := await self._read(record, MAX_MARK_BYTES)) is not None:
             with suppress(Damaged):
                 self._sealer.open(sealing.REMOVED, record, data)
@@ -155,7 +156,7 @@ class Watch:
             found = open_snapshot(self._sealer, name, data).header.snapshot_id
         except Damaged:
             return False
-        return found == pair[0] and await self._read(_record_name(pair), MAX_MARK_BYTES) is None
+        return found == pair[0] and await self._read(removal_name(*pair), MAX_MARK_BYTES) is None
 
     async def _read(self, name: str, limit_bytes: int) -> bytes | None:
         """An object; None if there is none, b"" if it can't be had."""
@@ -167,10 +168,6 @@ class Watch:
             return b""
 
 
-def _record_name(pair: Pair) -> str:
-    return f"removed/{pair[0].hex()}-{pair[1].hex()}"
-
-
 def _ids(pairs: Iterable[Pair]) -> tuple[str, ...]:
     return tuple(sorted({snapshot_id.hex() for snapshot_id, _ in pairs}))
 
@@ -178,7 +175,7 @@ def _ids(pairs: Iterable[Pair]) -> tuple[str, ...]:
 def seen_path(location: str, repository_id: str, folder: Path | None) -> Path | None:
     """Where the snapshots seen of a repository at a location are remembered; None if this user has no state folder."""
     try:
-        return state.state_path(f"{location}\0{repository_id}", "seen", folder)
+        return state.file_of(f"{location}\0{repository_id}", "seen", folder)
     except OSError:
         return None
 
@@ -213,7 +210,7 @@ def change_seen(path: Path, live: set[Pair], removed: set[Pair], accept: bool) -
             gone = (seen.removed | removed) - (live if accept else set())
             fresh = Seen((seen.live | live) - gone, gone)
             if fresh != seen:
-                state.replace_file(path, _encoded(fresh))
+                state.replace_durably(path, _encoded(fresh))
     except OSError:
         return
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+import pwd
+import re
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,11 +20,14 @@ from coffret.engine.objects import MAX_SNAPSHOT_BYTES, batches, list_objects, re
 from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.sealing import Sealer
     from coffret.engine.storecache import StoreCache
 
 SHORT_ID_DIGITS = 8
+_REMOVAL = re.compile("removed/([0-9a-f]{32})-[0-9a-f]{32}")
 # Headers are fetched this many at a time.
 _AT_ONCE = 16
 
@@ -59,7 +65,8 @@ class Commits:
 
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
     writer that relies on it says it anew. `doubtful`: the names of damaged objects that may be a later snapshot than
-    all others. `removed`: ids of snapshots that were removed and are not listed, in hexadecimal.
+    all others. `attempts`: all that committed a snapshot, by its id, without those that were removed: several hosts can
+    have copied one. `removed`: ids (hexadecimal) of snapshots that were removed and are not there.
     """
 
     snapshots: list[Snapshot]
@@ -67,12 +74,18 @@ class Commits:
     revoked: frozenset[str]
     damaged: list[tuple[str, str]]
     doubtful: tuple[str, ...] = ()
+    attempts: Mapping[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
 
 
 def snapshot_name(attempt: bytes) -> str:
     """The object name of an attempt's commit."""
     return f"snapshots/{attempt.hex()}"
+
+
+def removal_name(snapshot_id: bytes, attempt: bytes) -> str:
+    """The object name of the removal of a snapshot that an attempt committed."""
+    return f"removed/{snapshot_id.hex()}-{attempt.hex()}"
 
 
 def seal_snapshot(sealer: Sealer, snapshot: Snapshot) -> bytes:
@@ -121,8 +134,9 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     listed, removals = await together(
         partial(list_objects, connector, "snapshots/"), partial(list_objects, connector, "removed/")
     )
-    removed = {info.name[len("removed/") :] for info in removals}
+    removed = {info.name for info in removals}
     found: dict[bytes, Snapshot] = {}
+    attempts: dict[bytes, tuple[bytes, ...]] = {}
     revoked: set[str] = set()
     damaged: list[tuple[str, str]] = []
     known: dict[str, bytes] = {}
@@ -143,7 +157,8 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
         except Damaged as error:
             damaged.append((name, str(error)))
             return
-        if f"{snapshot.id}-{snapshot.attempt.hex()}" not in removed:
+        if removal_name(snapshot.header.snapshot_id, snapshot.attempt) not in removed:
+            attempts[snapshot.header.snapshot_id] = (*attempts.get(snapshot.header.snapshot_id, ()), snapshot.attempt)
             other = found.get(snapshot.header.snapshot_id)
             if other is None or snapshot.attempt < other.attempt:
                 light = msgspec.structs.replace(snapshot.header, faults=[])
@@ -161,8 +176,10 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
     bad = {name for name, _ in damaged}
     committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
     doubtful = _not_older(listed, snapshots, bad)
-    gone = {name.partition("-")[0] for name in removed} - {snapshot.id for snapshot in snapshots}
-    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, frozenset(gone))
+    gone = {match[1] for match in map(_REMOVAL.fullmatch, removed) if match} - {snapshot.id for snapshot in snapshots}
+    return Commits(
+        snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, attempts, frozenset(gone)
+    )
 
 
 def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:
@@ -196,6 +213,14 @@ async def load_whole(connector: Connector, sealer: Sealer, snapshot: Snapshot) -
     return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES))
 
 
+def current_user() -> str:
+    """The name of the user who runs this, or the number if there is no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 def find_snapshot(commits: Commits, text: str) -> Snapshot:
     """The snapshot that is meant by an id, a unique prefix of one, or `latest`.
 
@@ -214,7 +239,8 @@ def find_snapshot(commits: Commits, text: str) -> Snapshot:
         return snapshots[-1]
     found = [snapshot for snapshot in snapshots if text and snapshot.id.startswith(text.lower())]
     if not found:
-        raise NoSuchSnapshot(f"no snapshot {text!r}")
+        gone = [snapshot_id for snapshot_id in commits.removed if text and snapshot_id.startswith(text.lower())]
+        raise NoSuchSnapshot(f"no snapshot {text!r}" + (": it was removed" if len(gone) == 1 else ""))
     if len(found) > 1:
         raise NoSuchSnapshot(
             f"{text!r} means {len(found)} snapshots: {', '.join(snapshot.short_id for snapshot in found[:8])}",

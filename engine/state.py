@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+#: The folders below the state folder, by what their files are about.
+KINDS = ("pins", "seen", "server")
 _MAX_FILE_BYTES = 1 << 20
 _ACCEPT = "if that is intended, accept it with --expect-id {}; otherwise do not trust this storage"
 
@@ -78,7 +80,7 @@ def check(
     found = Pin(repository_id, encrypted, config_hash.hex())
     check_expected(location, repository_id, expect_id)
     try:
-        path = _path(location, folder)
+        path = file_of(location, "pins", folder)
         if _decide(location, _read(path), found, expect_id) or not pin:
             return ""
         with locked(path.parent):
@@ -86,7 +88,7 @@ def check(
             accepted = _read(path)
             if not _decide(location, accepted, found, expect_id):
                 shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-                _write(path, _Location(shown, [*accepted, found]))
+                replace_durably(path, msgspec.json.encode(_Location(shown, [*accepted, found])) + b"\n")
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         note = f"this machine can't remember the repository to notice if another takes its place: {reason}"
@@ -144,20 +146,16 @@ def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | Non
     return False
 
 
-def _path(location: str, folder: Path | None) -> Path:
-    return state_path(location, "json", folder)
+def file_of(location: str, kind: str, folder: Path | None = None) -> Path:
+    """The file of a kind that belongs to a repository's location; `folder` replaces the user's state folder.
 
-
-def state_path(what: str, kind: str, folder: Path | None) -> Path:
-    """Where what is remembered of something lies, in the user's state folder or another.
-
-    :raises OSError: if the user has none
+    :raises FileNotFoundError: if the user has none
     """
-    name = blake3(what.encode("utf-8", "surrogateescape")).hexdigest(length=16)
+    name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
     folder = folder or state_folder()
     if not folder.is_absolute():  # a literal "~"
         raise FileNotFoundError(errno.ENOENT, "this user has no home directory", str(folder))
-    return folder / "pins" / f"{name}.{kind}"
+    return folder / kind / f"{name}.json"
 
 
 def _read(path: Path) -> list[Pin]:
@@ -184,7 +182,7 @@ def _read(path: Path) -> list[Pin]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads from changing pins."""
+    """Keep other processes and threads from changing what lies in a folder, which is made if need be."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -194,16 +192,12 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(path: Path, content: _Location) -> None:
-    replace_file(path, msgspec.json.encode(content) + b"\n")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file of the state folder, durably: whole or not at all. Call under the lock."""
+def replace_durably(path: Path, content: bytes) -> None:
+    """Replace a file of this user's alone, durably: whole or not at all. Call under the lock of its folder."""
     fresh = path.with_suffix(".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        file.write(content)
         file.flush()
         os.fsync(descriptor)
     fresh.replace(path)

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from coffret.engine.records import Entry
     from coffret.engine.sync_move import Mover
 
-# A window is moved when it names so many chunks (some 400 bytes each while it is), or its pages and lists have so many
+# A window is moved when it names so many chunks (some KiB each while it is), or its pages and lists have so many
 # bytes: what lies at its edges may be read twice, so it is large.
-_WINDOW_CHUNKS, _WINDOW_BYTES = 1 << 16, 16 << 20
+_WINDOW_CHUNKS, _WINDOW_BYTES = 1 << 15, 8 << 20
 # Pages read together, nodes, and lists of one file.
 _PAGES, _NODES, _LISTS = 32, 4, 16
 PAGE, NODE, LIST = "page", "node", "list"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import socket
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +26,7 @@ from coffret.engine.progress import Progress
 from coffret.engine.recheck import Recheck
 from coffret.engine.records import ID_BYTES, Counts, SnapshotHeader, SourceFault
 from coffret.engine.scan import Roots, Scanner, ScanOptions
-from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot
+from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot, current_user
 from coffret.engine.stream import StreamSource
 
 if TYPE_CHECKING:
@@ -298,7 +297,7 @@ class _Backup:
             time_ns=self._begin_ns,
             duration_ns=time.perf_counter_ns() - self._clock_ns,
             host=self._host,
-            user=_user(),
+            user=current_user(),
             roots=self._paths,
             catalog=root,
             depth=depth,
@@ -342,10 +341,3 @@ def find_parent(snapshots: Sequence[Snapshot], host: str, roots: Sequence[bytes]
         if snapshot.header.host == host and snapshot.header.roots == list(roots):
             return snapshot
     return None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())

@@ -220,7 +220,7 @@ def _folder() -> Iterator[Path]:
 
 def _pins(data: bytes) -> None:
     with _folder() as folder:
-        path = state.state_path("here", "json", folder)
+        path = state.file_of("here", "pins", folder)
         path.parent.mkdir()
         path.write_bytes(data)
         state.check("here", "11" * 32, True, bytes(32), folder=folder)

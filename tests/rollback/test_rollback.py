@@ -215,7 +215,7 @@ def test_where_nothing_can_be_remembered(run: Here, tmp_path: Path) -> None:
 
 def test_the_file(run: Here) -> None:
     """It is private, and says nothing to who has no key; damaged, it is begun anew."""
-    [path] = (run.home / "state").rglob("*.seen")
+    [path] = (run.home / "state").rglob("seen/*.json")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     data = path.read_bytes()
@@ -236,7 +236,7 @@ _PAIRS = st.sets(st.tuples(_HALF, _HALF), max_size=20)
 @settings(deadline=None, max_examples=30)  # each step is flushed to the disk
 @given(steps=st.lists(st.tuples(_PAIRS, _PAIRS, st.booleans()), max_size=4))
 def test_remembering(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Pairs, Pairs, bool]]) -> None:
-    path = tmp_path_factory.mktemp("seen") / "pins" / "x.seen"
+    path = tmp_path_factory.mktemp("seen") / "seen" / "x.json"
     live: Pairs = set()
     removed: Pairs = set()
     for shown, gone, accept in steps:

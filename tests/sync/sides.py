@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING
 from tests.fault_harness import contents
 
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import configuration, keys, sealing
+from coffret.engine import configuration, keys
 from coffret.engine.mirror import Mirror
+from coffret.engine.ops import rm
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.restore import RestoreOptions
@@ -113,8 +113,7 @@ async def restores(side: Side, snapshot: str, expected: Path, folder: Path) -> b
     return not summary.errors and contents(target) == contents(expected)
 
 
-async def remove(side: Side, snapshot: str, attempt: str) -> None:
-    """Take a snapshot off the list."""
-    name = f"removed/{snapshot}-{attempt}"
-    body = (await side.open()).sealer.seal(sealing.REMOVED, name, os.urandom(16), b"\x80")
-    await side.memory.put(name, [body])
+async def remove(side: Side, snapshot: str) -> None:
+    """Take a snapshot off the list, as `coffret rm` does."""
+    opened = await side.open()
+    await rm.remove(opened, [await opened.find_snapshot(snapshot)])
