@@ -114,7 +114,9 @@ def _damage(summary: CheckSummary) -> str:
         return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
     # What a pack holds counts as stored as long as the pack is there with all its bytes, right or wrong.
     first = "move damaged packs out of the repository, then " if summary.damaged_packs else ""
+    if any(name.startswith("index/") for name in summary.damaged_objects):
+        first = f"run `coffret repair index`, then {first}"
     return (
         f"check: found damage: {', '.join(found)}; {first}run `coffret backup --force` on the hosts whose files are "
-        "damaged: it stores again what is still there"
+        "damaged: it stores again what is still there; `coffret repair snapshots` saves what is whole"
     )

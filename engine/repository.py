@@ -103,7 +103,7 @@ class Repository:
         self.cache_folder = cache_folder
         self._commits: Commits | None = None
         path = seen_path(connector.location, self.config.repository_id, options.state_dir)
-        self._watch = Watch(connector, self.sealer, path)
+        self._watch, self._expected_state = Watch(connector, self.sealer, path), options.expect_state
         #: Snapshots that were seen at this location and are not shown any more; of the last listing.
         self.rollback = Rollback()
 
@@ -132,14 +132,15 @@ class Repository:
 
         :raises RepositoryChanged: if another state is expected
         """
-        expected = self.options.expect_state
+        expected = self._expected_state
         if expected is not None:
             await check_expected_state(self.connector, commits, self.secrets.id_key, expected.strip().lower())
         self.rollback = await self._watch.look(commits, accept=expected is not None)
         return self.rollback.told(self.state_of(commits.snapshots))
 
     async def saw(self, snapshot: Snapshot) -> None:
-        """Remember a snapshot that was just made here."""
+        """Remember a snapshot that was just made here; what was expected was there before it."""
+        self._expected_state = None
         await self._watch.add(snapshot)
 
     def state_of(self, snapshots: Sequence[Snapshot]) -> str:

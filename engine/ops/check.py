@@ -79,7 +79,7 @@ async def check(
         if (unnamed := work.packs.unnamed())[0]:
             progress.note(
                 f"packs that no index object names: {unnamed[0]}, of {format_size(unnamed[1])}; a backup at work, "
-                "or one that was interrupted, has put them"
+                "or one that was interrupted, has put them; if the index was lost, `coffret repair index` names them"
             )
         if ahead is not None:
             work.take_over(ahead)
