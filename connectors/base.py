@@ -151,6 +151,14 @@ class Connector(ABC):
             raise InvalidRange(f"{name}: {len(data)} of {len(buffer)} bytes at {offset}")
         buffer[:] = data
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        """Return an object whose size nobody knows yet: all of it, or the first `limit_bytes` (1 or more) if it is longer.
+
+        :raises NotFound: if there is no such object
+        """
+        size_bytes = (await self.stat(name)).size_bytes
+        return await self.get(name, length=min(size_bytes, limit_bytes))
+
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """Iterate over the objects whose names start with `prefix` (a folder, `packs/`, or ""), in any order."""

@@ -71,6 +71,12 @@ class FaultyConnector(Wrapper):
         await self.inner.get_into(name, offset, buffer)
         await self._end(number)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        number = await self._begin("peek", name)
+        data = await self.inner.peek(name, limit_bytes)
+        await self._end(number)
+        return data
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         number = await self._begin("list", prefix)
         async for info in self.inner.list(prefix):

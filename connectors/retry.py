@@ -78,6 +78,9 @@ class RetryConnector(Wrapper):
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         await self._repeat(f"get {name}", lambda _: self.inner.get_into(name, offset, buffer))
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        return await self._repeat(f"get {name}", lambda _: self.inner.peek(name, limit_bytes))
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         backoff, last = _Backoff(self, f"list {prefix}"), ""
         ordered, begun = self.inner.capabilities.ordered_lists, False

@@ -145,6 +145,10 @@ class SFTPConnector(Connector):
             await files.read_into(file, offset, memoryview(buffer))
             return bytes(buffer)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        async with self._opened(valid_name(name), 0, limit_bytes) as (files, file):
+            return await self._read_all(files, file, name, 0, limit_bytes)
+
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         async with self._opened(valid_name(name), offset, len(buffer)) as (files, file):
             if not len(buffer):
@@ -216,8 +220,10 @@ class SFTPConnector(Connector):
                     raise
                 raise Refusal(NotFound, "there is no such object") from refusal
 
-    async def _read_all(self, files: Files, file: OpenFile, name: str, offset: int) -> bytes:
-        """Everything from `offset` on: the first piece is asked for together with the size."""
+    async def _read_all(
+        self, files: Files, file: OpenFile, name: str, offset: int, limit_bytes: int | None = None
+    ) -> bytes:
+        """Everything from `offset` on, or so much of it: the first piece is asked for together with the size."""
         size_bytes, first = 0, b""
 
         async def ask_size() -> None:
@@ -226,10 +232,13 @@ class SFTPConnector(Connector):
 
         async def read_first() -> None:
             nonlocal first
-            first = await file.read(files.session.read_bytes, offset)
+            at_most = files.session.read_bytes
+            first = await file.read(at_most if limit_bytes is None else min(at_most, limit_bytes), offset)
 
         await at_once([ask_size(), read_first()])
         wanted = checked_range(name, size_bytes, offset, None)
+        if limit_bytes is not None:
+            wanted = min(wanted, limit_bytes)
         if self._pace is not None:
             await self._pace.download.take(len(first))
         if wanted <= len(first):

@@ -80,6 +80,12 @@ class TraceConnector(Wrapper):
             await self.inner.get_into(name, offset, buffer)
             moved.size_bytes = len(buffer)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        with self._counted("get", name) as moved:
+            data = await self.inner.peek(name, limit_bytes)
+            moved.size_bytes = len(data)
+        return data
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As `inner`; the time counted is that of the whole listing, with what the caller does in between."""
         with self._counted("list", prefix):

@@ -51,6 +51,9 @@ class Wrapper(Connector):
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         await self.inner.get_into(name, offset, buffer)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        return await self.inner.peek(name, limit_bytes)
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         async for info in self.inner.list(prefix):
             yield info

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from coffret.engine.storecache import StoreCache
     from coffret.engine.stream import StreamSource
 
-CONFIG = "config"
-
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
@@ -370,8 +368,7 @@ async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 
 async def _config(connector: Connector, url: str) -> bytes:
     try:
-        size_bytes = (await connector.stat(CONFIG)).size_bytes
-        return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
+        return await connector.peek(configuration.CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
     except NotFound:
         await check_not_lost(connector, url)
         raise NoRepository(f"no repository at {url}") from None

@@ -317,6 +317,10 @@ class Discarding(Connector):
         """As the storage does."""
         return await self._inner.get(name, offset=offset, length=length)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        """As the storage does."""
+        return await self._inner.peek(name, limit_bytes)
+
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As the storage does."""
         return self._inner.list(prefix)
