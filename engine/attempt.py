@@ -90,7 +90,7 @@ class Attempt:
 
     async def _follow(self, listed: list[ObjectInfo], *, audit: bool = False) -> None:
         self.damaged = await update_mirror(
-            self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit
+            self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit or None
         )
 
     async def keep(self) -> None:
@@ -168,13 +168,13 @@ async def update_mirror(
     commits: Commits,
     *,
     own: bytes = b"",
-    audit: bool = False,
+    audit: bool | None = None,
 ) -> list[tuple[str, str]]:
     """Make the mirror's content exactly that of the index objects listed, fetching those it lacks.
 
     `own` is the caller's attempt, whose index objects it may rely on. Returns (name, reason) of those that are damaged:
-    they are left out, and looked at again next time. Where it is not known that all packs are there, or to `audit`,
-    they are listed, and `mirror.bad_packs` are those that are not.
+    they are left out, and looked at again next time. To `audit`, or, if that is None, where it is not known that all
+    packs are there, they are listed, and `mirror.bad_packs` are those that are not.
     """
     settled = {*commits.committed, own.hex()}
     updating = _Updating(connector, sealer, mirror, settled, commits.revoked)
@@ -183,7 +183,7 @@ async def update_mirror(
     except MirrorBusy as busy:
         await mirror.leave(str(busy))
         damaged = await updating.follow(listed)
-    if audit or not mirror.audited:
+    if audit if audit is not None else not mirror.audited:
         await find_bad_packs(connector, mirror)
     return damaged
 

@@ -165,6 +165,16 @@ class Mirror:
             await self._see({name: span for name, span in manifest.objects.items() if name in wanted}, runs)
             return sorted(wanted - manifest.objects.keys())
 
+    async def lacking(self, listed: Collection[str]) -> list[str]:
+        """Names of those index objects that `reconcile` would want to be fetched; nothing is gone by for it.
+
+        :raises CoffretError: if the cache can't be read
+        """
+        async with self._files.changing:
+            with reported(self._files.store.folder):
+                manifest, _ = await self._alone(self._files.store.load)
+        return [name for name in listed if name not in manifest.objects]
+
     async def merge(self, items: Sequence[tuple[str, IndexObject]]) -> None:
         """Merge index objects, by name, and go by them; forget for good what `reconcile` found to be gone.
 

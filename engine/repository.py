@@ -21,10 +21,11 @@ from coffret.engine import configuration, keys, state
 from coffret.engine.errors import CoffretError, Damaged, NoRepository, UsageError, WrongPassphrase
 from coffret.engine.flow import together
 from coffret.engine.keyring import read_keyring
+from coffret.engine.readahead import ReadAhead
 from coffret.engine.sealing import Sealer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from coffret.connectors.base import Connector
@@ -78,6 +79,7 @@ class Repository:
         notes: list[str],
         kept: StoreCache | None = None,
         writing: bool = False,
+        ahead: ReadAhead | None = None,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
         #: The config, as stored and as read; and the key slot that opened it, "" without encryption.
@@ -92,29 +94,35 @@ class Repository:
         #: What is kept locally of a storage elsewhere, if anything is.
         self.kept = kept
         self._commits: Commits | None = None
+        self._ahead = ahead
 
     async def commits(self) -> Commits:
         """The snapshots there are, listed once, and anew after a backup; the mirror is in step with the index then."""
         if self._commits is None:
             from coffret.engine.snapshot import load_commits
 
+            # What was read ahead goes for the first time alone.
+            storage, self._ahead = self._ahead or self.connector, None
             # Before the index: of a snapshot that is listed all index objects are there.
-            commits = await load_commits(self.connector, self.sealer, self.kept)
-            damaged = await self._follow(commits)
+            commits = await load_commits(storage, self.sealer, self.kept)
+            damaged = await self._follow(commits, storage)
             self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
             self._commits = commits
         return self._commits
 
     async def _relist(self) -> None:
-        await self._follow(await self.commits())
+        await self._follow(await self.commits(), self.connector)
 
-    async def _follow(self, commits: Commits) -> list[tuple[str, str]]:
-        """Bring the readers' view up to date; return what is damaged."""
+    async def _follow(self, commits: Commits, storage: Connector) -> list[tuple[str, str]]:
+        """Bring the readers' view up to date; return what is damaged.
+
+        Whether all packs are there is not asked: what is sought in one that is not is sought in another then.
+        """
         from coffret.engine.attempt import list_index, update_mirror
 
-        listed = await list_index(self.connector)
-        return await update_mirror(self.connector, self.sealer, self.mirror, listed, commits)
+        listed = await list_index(storage)
+        return await update_mirror(storage, self.sealer, self.mirror, listed, commits, audit=False)
 
     async def find_snapshot(self, text: str) -> Snapshot:
         """The snapshot meant by an id, a unique prefix of one, or `latest`.
@@ -270,11 +278,13 @@ async def open_repository(
     passphrase: Callable[[], bytes] | None = None,
     options: OpenOptions | None = None,
     writing: bool = False,
+    listing: bool = False,
 ) -> AsyncIterator[Repository]:
     """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
 
     `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
-    put in its place.
+    put in its place. `listing`: for what asks for snapshots first of all, as all reading does: of a storage elsewhere
+    they are listed while the key is derived.
 
     :raises NoRepository: if there is none
     :raises UsageError: if it has no encryption, and that is asked for
@@ -285,13 +295,13 @@ async def open_repository(
 
     options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
-        data, keyring = await together(partial(_config, connector, url), partial(_keyring, connector))
+        ahead = ReadAhead(connector) if listing and not connector.places else None
+        data, keyring, _ = await together(
+            partial(_config, connector, url), partial(_keyring, connector), ahead.fetch_lists if ahead else _nothing
+        )
         config = configuration.parse_config(data)
-        digest = configuration.config_hash(data)
         _check_pins(connector, data, options, pin=False)
         _check_encryption(config, url, options)
-        slot_id, secrets = await _unlock(keyring, config, digest, passphrase)
-        note = _check_pins(connector, data, options, writing=writing)
         folder, cache, kept = None, _cache_folder(options), None
         if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
             folder = mirror_folder(cache, config.repository_id, connector.location)
@@ -301,6 +311,11 @@ async def open_repository(
 
             kept = StoreCache(folder / "stored.db")
         try:
+            (slot_id, secrets), _ = await together(
+                partial(_unlock, keyring, config, configuration.config_hash(data), passphrase),
+                partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
+            )
+            note = _check_pins(connector, data, options, writing=writing)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
@@ -314,6 +329,7 @@ async def open_repository(
                 notes=notes,
                 kept=kept,
                 writing=writing,
+                ahead=ahead,
             )
             notes += connector.notes
         finally:
@@ -415,6 +431,19 @@ async def _unlock(
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
     return await to_thread.run_sync(keys.unlock, keyring.live, given, digest)
+
+
+async def _nothing() -> None:
+    """What is done where nothing is to be read ahead."""
+
+
+def _not_kept(kept: StoreCache | None) -> Callable[[Sequence[str]], Awaitable[Collection[str]]]:
+    """What tells which of some objects are not kept on this machine."""
+
+    async def lacking(names: Sequence[str]) -> Collection[str]:
+        return set(names) - (await kept.get(names)).keys() if kept is not None else names
+
+    return lacking
 
 
 def _cache_folder(options: OpenOptions) -> Path:
