@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from coffret.connectors.base import Connector
 from coffret.connectors.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 
-    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
 
     Hook = Callable[[str, str], Awaitable[None]]
 
@@ -82,6 +83,9 @@ class FaultyConnector(Wrapper):
         async for info in self.inner.list(prefix):
             yield info
         await self._end(number)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        return await Connector.list_turns(self, turns)  # each a call of its own
 
     async def stat(self, name: str) -> ObjectInfo:
         number = await self._begin("stat", name)

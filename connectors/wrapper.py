@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from coffret.connectors.base import Buffer, Capabilities, ObjectInfo
+    from coffret.connectors.base import Buffer, Capabilities, Listings, ObjectInfo
     from coffret.connectors.limit import Pace
 
 
@@ -39,6 +39,9 @@ class Wrapper(Connector):
     def set_pace(self, pace: Pace) -> bool:
         return self.inner.set_pace(pace)
 
+    def expect_transfers(self) -> None:
+        self.inner.expect_transfers()
+
     async def create(self) -> None:
         await self.inner.create()
 
@@ -57,6 +60,9 @@ class Wrapper(Connector):
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         async for info in self.inner.list(prefix):
             yield info
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        return await self.inner.list_turns(turns)
 
     async def stat(self, name: str) -> ObjectInfo:
         return await self.inner.stat(name)

@@ -20,13 +20,26 @@ from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
 from coffret.engine.index import open_index
 from coffret.engine.mirror import MirrorBusy
-from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, batches, list_objects, put_once, read_listed
+from coffret.engine.objects import (
+    INDEX,
+    MAX_INDEX_BYTES,
+    MAX_MARK_BYTES,
+    REMOVED,
+    SNAPSHOTS,
+    TRASH,
+    batches,
+    list_objects,
+    put_once,
+    read_listed,
+)
 from coffret.engine.packfile import pack_name
 from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
     from coffret.engine.records import IndexObject
@@ -79,10 +92,12 @@ class Attempt:
 
         What is not announced may write nothing.
         """
-        self.marked = await open_marks(self._connector, self._sealer)
-        listed = await list_index(self._connector)
-        self.commits = await load_commits(self._connector, self._sealer, self._kept)
-        await self._follow(listed, audit=audit)
+        listed = await self._connector.list_turns([(TRASH,), (INDEX,), (SNAPSHOTS, REMOVED)])
+        self.marked = await open_marks(self._connector, self._sealer, listed[TRASH])
+        self.commits = await load_commits(
+            self._connector, self._sealer, self._kept, listed=(listed[SNAPSHOTS], listed[REMOVED])
+        )
+        await self._follow(listed[INDEX], audit=audit)
 
     async def _relist(self) -> None:
         """A snapshot may have been committed, and listed, after its index objects were."""
@@ -137,12 +152,12 @@ class Attempt:
         await self._connector.put(self._lease_name, [body])
 
 
-async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
-    """The packs named by marks that are not done.
+async def open_marks(connector: Connector, sealer: Sealer, infos: Iterable[ObjectInfo]) -> frozenset[bytes]:
+    """The packs named by marks that are not done, of what is listed in trash/.
 
     :raises Damaged: if a mark is
     """
-    listed = {info.name: info async for info in connector.list("trash/")}
+    listed = {info.name: info for info in infos}
     packs: set[bytes] = set()
     for name, info in listed.items():
         if name.rpartition("/")[2].isdigit() and f"{name}-done" not in listed:
@@ -157,7 +172,7 @@ async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
 
 async def list_index(connector: Connector) -> list[ObjectInfo]:
     """The index objects there are."""
-    return await list_objects(connector, "index/")
+    return await list_objects(connector, INDEX)
 
 
 async def update_mirror(

@@ -18,7 +18,7 @@ import anyio
 from coffret.connectors.base import Connector
 from coffret.connectors.errors import ConnectorError
 from coffret.engine.flow import together
-from coffret.engine.objects import list_objects
+from coffret.engine.objects import INDEX, REMOVED, SNAPSHOTS, list_objects
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # What is fetched ahead at most, of a kind: what is more, on a machine that sees the repository for the first time, is
 # fetched as ever, many at a time.
 _AT_ONCE, _TOGETHER_BYTES = 16, 16 << 20
-_SNAPSHOTS, _REMOVED, _INDEX = "snapshots/", "removed/", "index/"
 
 
 class ReadAhead(Connector):
@@ -49,13 +48,13 @@ class ReadAhead(Connector):
     async def fetch_lists(self) -> None:
         """List snapshots and removals, then index objects."""
         with suppress(ConnectorError):
-            await together(partial(self._list_ahead, _SNAPSHOTS), partial(self._list_ahead, _REMOVED))
-            await self._list_ahead(_INDEX)
+            await together(partial(self._list_ahead, SNAPSHOTS), partial(self._list_ahead, REMOVED))
+            await self._list_ahead(INDEX)
 
     async def fetch_objects(self, lacking_snapshots: Lacking, lacking_index: Lacking) -> None:
         """Get what was listed and is not known here."""
         wanted = []
-        for prefix, lacking in ((_SNAPSHOTS, lacking_snapshots), (_INDEX, lacking_index)):
+        for prefix, lacking in ((SNAPSHOTS, lacking_snapshots), (INDEX, lacking_index)):
             names = await lacking([info.name for info in self._listed.get(prefix, ())])
             wanted += _few([info for info in self._listed.get(prefix, ()) if info.name in names])
         async with anyio.create_task_group() as group:

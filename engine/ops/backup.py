@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from coffret.connectors.base import Buffer, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
     from coffret.engine.filters import Filters
     from coffret.engine.repository import Repository
 
@@ -324,6 +324,10 @@ class Discarding(Connector):
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As the storage does."""
         return self._inner.list(prefix)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        """As the storage does."""
+        return await self._inner.list_turns(turns)
 
     async def stat(self, name: str) -> ObjectInfo:
         """As the storage does."""

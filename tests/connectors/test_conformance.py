@@ -172,6 +172,17 @@ class TestRanges:
             assert buffer == data[offset : offset + len(buffer)]
 
 
+async def test_lists_in_turns(connector: Connector) -> None:
+    names = {f"{folder}/{number}" for folder in ("trash", "index", "removed") for number in range(3)}
+    for name in names:
+        await connector.put(name, [name.encode()])
+    found = await connector.list_turns([("trash/",), ("index/",), ("snapshots/", "removed/")])
+    assert found.keys() == {"trash/", "index/", "snapshots/", "removed/"}
+    for prefix, infos in found.items():
+        expected = [(name, len(name)) for name in sorted(names) if name.startswith(prefix)]
+        assert sorted((info.name, info.size_bytes) for info in infos) == expected
+
+
 class TestAbsence:
     async def test_no_such_object(self, connector: Connector) -> None:
         await connector.put("packs/aa/one", [b"1"])
