@@ -43,7 +43,7 @@ def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: boo
         from coffret.engine.ops.check import CheckOptions
 
         options = CheckOptions(fast=fast, workers=session.globals.workers)
-        async with session.repository("coffret.engine.ops.check", listing=True) as repository:
+        async with session.repository("coffret.engine.ops.check", listing=True, transfers=not fast) as repository:
             targets = await _targets(repository, snapshots)
             session.display.progress.subject = targets[0][0].short_id if targets else ""
             summary = await repository.check(targets or None, options, session.display.progress)

@@ -13,15 +13,17 @@ import contextlib
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
 from blake3 import blake3
 
-from coffret.connectors.errors import AlreadyExists, NotFound
+from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound
 from coffret.engine.configuration import utc_now
 from coffret.engine.errors import Damaged
+from coffret.engine.flow import together
 from coffret.engine.keys import MAX_SLOT_BYTES, MAX_SLOTS
 from coffret.engine.objects import list_objects
 from coffret.engine.records import FORMAT_VERSION
@@ -63,20 +65,31 @@ class Keyring:
     log_damaged: bool
 
 
-async def read_keyring(connector: Connector) -> Keyring:
+async def read_keyring(connector: Connector, likely: str = "") -> Keyring:
     """The key slots as they are now; `live` is what `keys.unlock` may try.
+
+    `likely`: the id of one that may be among them: it is asked for beside the listing.
 
     :raises Damaged: if there are more slots than any repository has
     """
-    for _ in range(_TRIES):
-        found = await list_objects(connector, _FOLDER)
+    guessed: dict[str, bytes] = {}
+
+    async def guess() -> None:
+        if _SLOT.fullmatch(slot_name(likely)):
+            with contextlib.suppress(ConnectorError):
+                guessed[likely] = await connector.peek(slot_name(likely), MAX_SLOT_BYTES + 1)
+
+    for number in range(_TRIES):
+        found, _ = await together(
+            partial(list_objects, connector, _FOLDER), guess if number == 0 else partial(anyio.sleep, 0)
+        )
         slots = {match[1]: info for info in found if (match := _SLOT.fullmatch(info.name))}
         removals = {int(match[1]): info for info in found if (match := _REMOVAL.fullmatch(info.name))}
         last = max(removals, default=0)
         removed, intact = await _last_removal(connector, removals)
         if len(slots.keys() - removed) > MAX_SLOTS:
             raise Damaged(f"the repository has more than {MAX_SLOTS} key slots")
-        live = await _fetch(connector, {slot: info for slot, info in slots.items() if slot not in removed})
+        live = await _fetch(connector, {slot: info for slot, info in slots.items() if slot not in removed}, guessed)
         if len(live) == len(slots.keys() - removed):
             return Keyring(live, removed, removed & slots.keys(), last, not intact or last > _MAX_REMOVALS)
     raise Damaged("the repository's key slots change without end")
@@ -110,11 +123,14 @@ def slot_name(slot: str) -> str:
     return f"{_FOLDER}{slot}"
 
 
-async def _fetch(connector: Connector, slots: dict[str, ObjectInfo]) -> dict[str, bytes]:
+async def _fetch(connector: Connector, slots: dict[str, ObjectInfo], guessed: dict[str, bytes]) -> dict[str, bytes]:
     """The bytes of those slots that are still there; of one that is too long, enough to see that."""
     fetched: dict[str, bytes] = {}
 
     async def fetch(slot: str, info: ObjectInfo) -> None:
+        if len(guessed.get(slot, b"")) == info.size_bytes:
+            fetched[slot] = guessed[slot]
+            return
         try:
             fetched[slot] = await connector.get(info.name, length=min(info.size_bytes, MAX_SLOT_BYTES + 1))
         except NotFound:

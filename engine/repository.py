@@ -279,12 +279,13 @@ async def open_repository(
     options: OpenOptions | None = None,
     writing: bool = False,
     listing: bool = False,
+    transfers: bool = False,
 ) -> AsyncIterator[Repository]:
     """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
 
     `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
     put in its place. `listing`: for what asks for snapshots first of all, as all reading does: of a storage elsewhere
-    they are listed while the key is derived.
+    they are listed while the key is derived. `transfers`: for what will move much, so that connections are ready then.
 
     :raises NoRepository: if there is none
     :raises UsageError: if it has no encryption, and that is asked for
@@ -295,9 +296,14 @@ async def open_repository(
 
     options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
+        if transfers:
+            connector.expect_transfers()
         ahead = ReadAhead(connector) if listing and not connector.places else None
+        likely = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
         data, keyring, _ = await together(
-            partial(_config, connector, url), partial(_keyring, connector), ahead.fetch_lists if ahead else _nothing
+            partial(_config, connector, url),
+            partial(_keyring, connector, likely),
+            ahead.fetch_lists if ahead else _nothing,
         )
         config = configuration.parse_config(data)
         _check_pins(connector, data, options, pin=False)
@@ -312,10 +318,12 @@ async def open_repository(
             kept = StoreCache(folder / "stored.db")
         try:
             (slot_id, secrets), _ = await together(
-                partial(_unlock, keyring, config, configuration.config_hash(data), passphrase),
+                partial(_unlock, keyring, config, configuration.config_hash(data), passphrase, likely),
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = _check_pins(connector, data, options, writing=writing)
+            if slot_id != likely:
+                await to_thread.run_sync(state.remember_slot, connector.location, slot_id, options.state_dir)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
@@ -412,16 +420,16 @@ def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
         )
 
 
-async def _keyring(connector: Connector) -> Keyring | Exception:
+async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
     """The key slots, read beside the config; an error is for those who need them."""
     try:
-        return await read_keyring(connector)
+        return await read_keyring(connector, likely)
     except (CoffretError, ConnectorError) as error:
         return error
 
 
 async def _unlock(
-    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
+    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None, likely: str
 ) -> tuple[str, Secrets]:
     if not config.encrypted:
         return "", configuration.clear_secrets(config)
@@ -430,7 +438,7 @@ async def _unlock(
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest)
+    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely)
 
 
 async def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""What is read ahead while a repository is opened: in the readers' order, used once, and never more than a head start."""
+"""What is read ahead while a repository is opened: in the readers' order, used once, and no more than a head start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
 from tests.attempts.storage import ONE_WORKER
 from tests.fault_harness import cheap_passphrases, contents, make_source
@@ -13,6 +14,7 @@ from tests.fault_harness import cheap_passphrases, contents, make_source
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.memory import MemoryConnector
+from coffret.engine import state
 from coffret.engine.creation import create_repository
 from coffret.engine.errors import WrongPassphrase, reported
 from coffret.engine.readahead import ReadAhead
@@ -133,13 +135,39 @@ async def test_a_reader_asks_for_nothing_more_in_a_row(elsewhere: FaultyConnecto
         async with open_repository(URL, passphrase=lambda: b"right", options=fresh, listing=True) as opened:
             asked = len(elsewhere.calls)
             fetched = {name.partition("/")[0] for method, name in elsewhere.calls if method == "get"}
-            assert fetched == ({"keys"} if knows else {"keys", "snapshots", "index"})
+            assert fetched == (set() if knows else {"snapshots", "index"})
             snapshot = await opened.find_snapshot("latest")
             assert elsewhere.calls[asked:] == []
             target = tmp_path / f"target {knows}"
             assert not (await opened.restore(snapshot, bytes(target))).errors
             assert contents(target) == contents(source)
             assert {method for method, _ in elsewhere.calls[asked:]} <= {"get", "get_into"}
+
+
+async def test_the_slot_that_opened_it_is_asked_for_beside_the_list(elsewhere: FaultyConnector, tmp_path: Path) -> None:
+    """A hint that helps, and that does no harm where it is wrong."""
+    order: list[str] = []
+
+    async def before(method: str, name: str) -> None:
+        if name.startswith("keys/"):
+            order.append(method)
+
+    async def after(method: str, name: str) -> None:
+        if name == "keys/":
+            await anyio.lowlevel.checkpoint()
+            order.append("listed")
+
+    async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path)) as opened:
+        slot = opened.slot_id
+    elsewhere.before, elsewhere.after = before, after
+    for hint, expected in ((slot, ["list", "peek", "listed"]), ("0" * 64, ["list", "peek", "listed", "get"]),
+                           ("../config", ["list", "listed", "get"])):  # fmt: skip
+        order.clear()
+        state.remember_slot(elsewhere.location, hint, tmp_path / "state")
+        async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path)) as opened:
+            assert opened.slot_id == slot
+        assert order == expected
+        assert state.likely_slot(elsewhere.location, tmp_path / "state") == slot
 
 
 async def test_the_first_answer_alone_may_be_old(elsewhere: FaultyConnector, tmp_path: Path) -> None:
@@ -158,7 +186,7 @@ async def test_who_has_not_the_passphrase_is_told_so(elsewhere: FaultyConnector,
             raise ConnectorError("no")
 
     elsewhere.before = fail
-    with pytest.raises(Exception) as raised:  # noqa: PT011
+    with pytest.raises(Exception) as raised:
         async with open_repository(URL, passphrase=lambda: b"wrong", options=options(tmp_path), listing=True):
             pass
     assert type(raised.value) is WrongPassphrase
