@@ -20,7 +20,7 @@ from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import CoffretError, Damaged, NoRepository, UsageError, WrongPassphrase
 from coffret.engine.flow import together
-from coffret.engine.keyring import read_keyring
+from coffret.engine.keyring import Keyring, read_keyring
 from coffret.engine.readahead import ReadAhead
 from coffret.engine.sealing import Sealer
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector
     from coffret.connectors.trace import Calls
     from coffret.engine.fetch import Fetcher
-    from coffret.engine.keyring import Keyring
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
@@ -317,8 +316,11 @@ async def open_repository(
 
             kept = StoreCache(folder / "stored.db")
         try:
+            digest = configuration.config_hash(data)
+            if isinstance(keyring, Keyring) and keyring.log_config not in ("", digest.hex()):
+                keyring = await read_keyring(connector, digest)  # a log of another repository says nothing
             (slot_id, secrets), _ = await together(
-                partial(_unlock, keyring, config, configuration.config_hash(data), passphrase, likely),
+                partial(_unlock, keyring, config, digest, passphrase, likely),
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = _check_pins(connector, data, options, writing=writing)
@@ -423,7 +425,7 @@ def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
 async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
     """The key slots, read beside the config; an error is for those who need them."""
     try:
-        return await read_keyring(connector, likely)
+        return await read_keyring(connector, likely=likely)
     except (CoffretError, ConnectorError) as error:
         return error
 

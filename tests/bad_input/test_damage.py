@@ -55,7 +55,6 @@ ANSWERS_TO = {
     ("packs", "deleted"): (4, 4, 0, 0, 3, 0),  # what is there is right
     ("packs", "one byte: block"): (4, 0, 4, 0, 3, 0),
     # Nothing tells these from what is meant to be.
-    ("removals", "swapped"): NOTHING,
     **{(kind, "deleted"): NOTHING for kind in ("removals", "leases", "trash", "removed", "snapshots")},
 }
 
