@@ -97,9 +97,8 @@ def _damage(summary: CheckSummary) -> str:
         )
         if number
     ]
-    # What a pack holds counts as stored as long as the pack is there with all its bytes, right or wrong.
-    first = "move damaged packs out of the repository, then " if summary.damaged_packs else ""
+    # Each host remembers for itself what it has found damaged: that is when its backups store it again.
     return (
-        f"check: found damage: {', '.join(found)}; {first}run `coffret backup --force` on the hosts whose files are "
-        "damaged: it stores again what is still there"
+        f"check: found damage: {', '.join(found)}; run `coffret check`, then `coffret backup` on the hosts whose files "
+        "are damaged: it stores again what is still there"
     )

@@ -244,7 +244,7 @@ class _Updating:
 
 
 async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
-    """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` is the result.
+    """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` gets the missing.
 
     Packs of index objects that were listed before are there, or never will be again.
     """
@@ -256,4 +256,4 @@ async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
         await mirror.doubt()
     elif not bad:
         await mirror.vouch(audited=True)
-    mirror.bad_packs = frozenset(bad)
+    mirror.bad_packs |= bad

@@ -13,6 +13,7 @@ from anyio import to_thread
 from blake3 import blake3
 
 from coffret.connectors.errors import ConnectorError
+from coffret.engine.attempt import find_bad_packs
 from coffret.engine.catalog_reader import Catalog, clean_path, content_length, no_such_path
 from coffret.engine.catalog_walk import last_key_of
 from coffret.engine.check_damage import CheckSummary, Damage
@@ -66,8 +67,20 @@ async def check(
     :raises UsageError: if there is no such path
     :raises CoffretError, ConnectorError: if the storage can't be asked, possibly in an ExceptionGroup
     """
-    commits = await repository.commits()
     work = _Check(repository, options, progress)
+    try:
+        await _check(repository, work, targets, progress)
+    finally:
+        # The next backup stores again what lies in damaged packs alone.
+        bad = work.damage.packs
+        whole = frozenset() if options.fast else frozenset(work.packs.seen - bad)
+        if bad or not whole.isdisjoint(repository.mirror.bad_packs):
+            await repository.mirror.judge(bad, whole)
+    return work.damage.summary
+
+
+async def _check(repository: Repository, work: _Check, targets: Targets | None, progress: Progress) -> None:
+    commits = await repository.commits()
     if targets is None:
         targets = [(snapshot, None) for snapshot in commits.snapshots]
         await check_objects(repository, work.damage, progress)
@@ -79,15 +92,16 @@ async def check(
             )
         if ahead is not None:
             work.take_over(ahead)
-            return work.damage.summary
+            return
     else:
         targets = [(snapshot, path if path is None else clean_path(path)) for snapshot, path in targets]
+        # What is missing is sought elsewhere at once: it matters if there is no other.
+        await find_bad_packs(repository.connector, repository.mirror)
         await work.paths(targets)
         await work.needed_packs(targets)
     if all(path is None for _, path in targets):
         progress.files_total = sum(snapshot.header.counts.files for snapshot, _ in targets)
     await work.snapshots(targets)
-    return work.damage.summary
 
 
 async def check_packs(connector: Connector, progress: Progress) -> CheckSummary:
