@@ -33,16 +33,23 @@ if TYPE_CHECKING:
 class PackCheck:
     """Verifies index objects, read anew, and the packs they name. `fast`: of packs only that they are there.
 
-    `workers`: how many processes, None for the number that was measured best.
+    `workers`: how many processes, None for the number that was measured best. `gets`: limits what is read at a time.
     """
 
     def __init__(
-        self, repository: Repository, damage: Damage, progress: Progress, *, fast: bool, workers: int | None
+        self,
+        repository: Repository,
+        damage: Damage,
+        progress: Progress,
+        *,
+        fast: bool,
+        workers: int | None,
+        gets: anyio.CapacityLimiter,
     ) -> None:
         self._repository, self._damage, self._progress = repository, damage, progress
         self._connector, self._sealer = repository.connector, repository.sealer
         self._fast, self._workers = fast, workers or OPEN_WORKERS
-        self._gets = anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
+        self._gets = gets
         #: Packs that were looked at, and those there are, by name, with their sizes.
         self.seen: set[bytes] = set()
         self.found: dict[str, int] = {}

@@ -44,6 +44,8 @@ __all__ = ["CheckOptions", "CheckSummary", "check", "check_packs"]
 # Catalog pages whose files were found whole are not read again for the next snapshot; so many are remembered (some 300
 # bytes each, for 256 entries).
 _PAGES_REMEMBERED = 1 << 16
+# How often the display learns how far the files are (s).
+_SHOW_S = 0.2
 # Entries verified at a time: asking the mirror costs a hop of 60 µs or more.
 _ENTRIES = 512
 
@@ -129,10 +131,20 @@ def _digest(data: bytes) -> bytes:
 
 
 class _Check:
-    def __init__(self, repository: Repository, options: CheckOptions, progress: Progress) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        options: CheckOptions,
+        progress: Progress,
+        gets: anyio.CapacityLimiter | None = None,
+    ) -> None:
         self._repository, self._options, self._progress = repository, options, progress
         self.damage = Damage(progress)
-        self.packs = PackCheck(repository, self.damage, progress, fast=options.fast, workers=options.workers)
+        # Of packs, and of catalogs meanwhile.
+        self._gets = gets or anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
+        self.packs = PackCheck(
+            repository, self.damage, progress, fast=options.fast, workers=options.workers, gets=self._gets
+        )
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
         self._look(repository.mirror)
@@ -142,7 +154,7 @@ class _Check:
 
         Returns what was found of the files if that is how it is; else they are to be verified anew, and to be told of.
         """
-        ahead = _Check(self._repository, self._options, Progress())
+        ahead = _Check(self._repository, self._options, Progress(), self._gets)
         well = False
 
         async def walk() -> None:
@@ -151,13 +163,26 @@ class _Check:
                 await ahead.snapshots(targets)
                 well = ahead.damage.summary.clean
 
-        async with anyio.create_task_group() as group:
-            # Who wants to see each file is to see it once.
-            if self._progress.on_item is None and self.damage.summary.clean:
-                group.start_soon(walk)
-            await self.packs.run(None)
-            if not self.damage.summary.clean:
-                group.cancel_scope.cancel()
+        async def show() -> None:
+            """Once the packs are done: how far the files are."""
+            self._progress.phase = "files"
+            self._progress.files_total = sum(snapshot.header.counts.files for snapshot, _ in targets)
+            while True:
+                self._progress.files = ahead._progress.files
+                await anyio.sleep(_SHOW_S)
+
+        async with anyio.create_task_group() as shown:
+            async with anyio.create_task_group() as group:
+                # Who wants to see each file is to see it once.
+                if self._progress.on_item is None and self.damage.summary.clean:
+                    group.start_soon(walk)
+                await self.packs.run(None)
+                if not self.damage.summary.clean:
+                    group.cancel_scope.cancel()
+                elif self._progress.on_item is None:
+                    shown.start_soon(show)
+            shown.cancel_scope.cancel()
+        self._progress.files = 0
         return ahead.damage.summary if well and self.damage.summary.clean else None
 
     def take_over(self, found: CheckSummary) -> None:
@@ -170,7 +195,9 @@ class _Check:
         """Go by this view of the index."""
         repository = self._repository
         self._mirror = mirror
-        self._fetcher = Fetcher(repository.connector, repository.sealer, mirror, id_key=repository.secrets.id_key)
+        self._fetcher = Fetcher(
+            repository.connector, repository.sealer, mirror, id_key=repository.secrets.id_key, gets=self._gets
+        )
 
     def _catalog(self, snapshot: Snapshot, lost: Callable[[bytes, str], None]) -> Catalog:
         return Catalog(snapshot.header.catalog, snapshot.header.depth, self._fetcher.load, lost=lost)
