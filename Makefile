@@ -10,13 +10,14 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint types bench clean
+.PHONY: help venv demo test lint types bench fuzz damage clean
 
 help:
 	@echo 'make demo    back up, check and restore a real directory, and show each command'
 	@echo 'make test    all tests'
 	@echo 'make lint    ruff and import-linter;  make types: mypy'
 	@echo 'make bench   measure, beside other backup programs where they are installed'
+	@echo 'make fuzz    minutes of odd bytes for every parser;  make damage: ten minutes of damage to every object'
 	@echo 'make venv    only install, into $(VENV): $(BIN)/coffret is the program'
 	@echo 'make clean   remove $(VENV) and everything else that was made here'
 
@@ -40,6 +41,12 @@ types: $(VENV)/.installed-lint
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.report
+
+fuzz: $(VENV)/.installed-test
+	COFFRET_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest -q -s tests/fuzz
+
+damage: $(VENV)/.installed-test
+	PYTHONPATH=.pkg:. $(BIN)/python -m tests.damage $(or $(TIME_S),600)
 
 clean:
 	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_*.c engine/_*.so

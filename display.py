@@ -351,7 +351,7 @@ def _amounts(name: str, progress: Progress) -> list[str]:
         return []
     of_files = f" of {progress.files_total:,}" if progress.files_total else ""
     of_bytes = f" of {format_size(progress.size_total)}" if progress.size_total else ""
-    files = counted(progress.files, "file") + of_files
+    files = counted(progress.files, "object" if name == "clone" else "file") + of_files
     size = format_size(max(progress.size_bytes, progress.read_bytes)) + of_bytes
     if name != "check":
         return [files, size]

@@ -20,6 +20,10 @@ STORAGES = {"s3": "aiobotocore", "sftp": "asyncssh"}  # with the library a bare 
 LOCAL, UNDELAYED = f"{OURS}, local", f"{OURS}, no delay"
 CONNECTOR, CONNECTOR_UNDELAYED = "connector", "connector, no delay"
 TRANSFER_MS, RESTORE_MS = 20, 50
+# Scenarios of copies (`bench.sync`), and what a copy to S3 is compared with.
+COPIES = "copies"
+SYNC, SYNC_S3 = f"{COPIES}: sync", f"{COPIES}: sync to S3"
+FIRST_BACKUP = f"{OURS}, first backup"
 MB = 1_000_000
 
 
@@ -99,12 +103,14 @@ BARS = (
     Bar("edits", "ten versions", Kind.SIZE_RATIO, 1.02, "rustic"),
     Bar("none", "version", Kind.SECONDS, 0.1),
     *(bar for storage, library in STORAGES.items() for bar in _remote_bars(storage, library)),
+    Bar("big", SYNC, Kind.TIME_RATIO, 0.35, "rustic"),
+    Bar("big", SYNC_S3, Kind.TIME_RATIO, 1.1, FIRST_BACKUP),
 )
 
 
 def is_remote(line: Line) -> bool:
-    """Whether a line is of a scenario over the network."""
-    return isinstance(line, Measurement) and line.scenario.partition(":")[0] in STORAGES
+    """Whether a line is of a scenario over the network, or of copies."""
+    return isinstance(line, Measurement) and line.scenario.partition(":")[0] in (*STORAGES, COPIES)
 
 
 def judge(bar: Bar, lines: Sequence[Line]) -> Verdict:

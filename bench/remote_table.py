@@ -37,7 +37,7 @@ def remote_table(lines: Sequence[Line], table: Table, scale: float | None = None
         for (scenario, dataset), group in groups.items()
         for at, line in enumerate(group)
     ]  # fmt: skip
-    header = ["over the network", "contender", "s", "its CPU, s", "memory, MB", "requests"]
+    header = ["over the network, and copies", "contender", "s", "its CPU, s", "memory, MB", "requests"]
     return table(header, rows) if rows else ""
 
 

@@ -68,7 +68,11 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
         async with session.repository("coffret.engine.ops.backup", writing=not given["dry_run"]) as repository:
             options = _options(session, given, filters)
             summary = await repository.backup(source or roots, options, display.progress)
-        return _report(session, summary, dry_run=given["dry_run"])
+            # Listed anew: others may have made snapshots meanwhile.
+            state = None
+            if (display.as_json or display.verbose) and not given["dry_run"]:
+                state = repository.state_of((await repository.commits()).snapshots)
+        return _report(session, summary, state=state, dry_run=given["dry_run"])
 
     return session.run(backup, progress=True)
 
@@ -132,7 +136,7 @@ def _text(option: str, value: str) -> str:
     return value
 
 
-def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
+def _report(session: Session, summary: BackupSummary, *, state: str | None, dry_run: bool) -> int:
     header, counts, progress = summary.snapshot.header, summary.counts, session.display.progress
     duration_s = summary.duration_ns / 1e9
     size, duration = format_size(counts.size_bytes), format_duration(duration_s)
@@ -145,8 +149,11 @@ def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
         )
     else:
         text = f"backup: created unsigned snapshot {summary.snapshot.short_id} of size {size} in {duration}{tail}"
+    if state is not None and not session.display.quiet:
+        session.display.line(f"state {state}")
     session.display.summary(
         text,
+        state=state,
         snapshot_id=None if dry_run else summary.snapshot.id,
         short_id=None if dry_run else summary.snapshot.short_id,
         parent_id=header.parent.hex() or None,

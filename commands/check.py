@@ -9,6 +9,7 @@ import click
 from coffret.commands.line import EPILOG
 from coffret.commands.running import DAMAGE_FOUND, Session, common_path, split_target
 from coffret.display import counted, printable
+from coffret.engine.check_subset import Subset
 from coffret.engine.repository import open_storage
 
 if TYPE_CHECKING:
@@ -26,23 +27,32 @@ if TYPE_CHECKING:
 @click.argument("snapshots", nargs=-1, metavar="[SNAPSHOT[:PATH]]...")
 @click.option("--fast", is_flag=True, help="Only index, catalogs, and existence and size of packs.")
 @click.option("--packs", is_flag=True, help="Only the checksums of packs; needs no passphrase.")
+@click.option(
+    "--read-data-subset",
+    metavar="N/M|P%|SIZE",
+    help="Read a part of the packs, and of the others what --fast looks at: the N-th of M parts (one a night, say), or"
+    " packs drawn at random, P in 100 or SIZE (10%, 500M) of them.",
+)
 @click.pass_obj
-def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: bool) -> int:
+def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: bool, read_data_subset: str | None) -> int:
     """Check and report."""
     if packs and (snapshots or fast):
         raise click.UsageError("--packs checks all packs, and nothing else")
+    if fast and read_data_subset is not None:
+        raise click.UsageError("--fast reads no packs, --read-data-subset a part of them")
+    subset = Subset.parse(read_data_subset) if read_data_subset is not None else None
 
     async def check_all_packs() -> int:
         from coffret.engine.ops.check import check_packs
 
         async with open_storage(session.location, session.options) as connector:
-            summary = await check_packs(connector, session.display.progress)
+            summary = await check_packs(connector, session.display.progress, subset)
         return _report(session, summary, f"check: the checksums of {counted(summary.packs, 'pack')} are right")
 
     async def check() -> int:
         from coffret.engine.ops.check import CheckOptions
 
-        options = CheckOptions(fast=fast, workers=session.globals.workers)
+        options = CheckOptions(fast=fast, subset=subset, workers=session.globals.workers)
         async with session.repository("coffret.engine.ops.check", listing=True, transfers=not fast) as repository:
             targets = await _targets(repository, snapshots)
             session.display.progress.subject = targets[0][0].short_id if targets else ""
@@ -52,7 +62,8 @@ def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: boo
             repository.notes[:] = [note for note in repository.notes if not any(name in note for name in reported)]
         shown = [f"{found.short_id}:{printable(path or common_path(found.header.roots))}" for found, path in targets]
         what = " ".join(shown) or session.location
-        return _report(session, summary, f"check: verification of {what} completed successfully")
+        part = f"; {summary.packs_read} of {counted(summary.packs, 'pack')} were read" if subset is not None else ""
+        return _report(session, summary, f"check: verification of {what} completed successfully{part}")
 
     return session.run(check_all_packs if packs else check, progress=True)
 
@@ -73,6 +84,7 @@ def _report(session: Session, summary: CheckSummary, success: str) -> int:
         success if summary.clean else _damage(summary),
         clean=summary.clean,
         packs=summary.packs,
+        packs_read=summary.packs_read,
         snapshots=summary.snapshots,
         files=summary.files,
         bytes_read=session.display.progress.size_bytes,
@@ -80,6 +92,7 @@ def _report(session: Session, summary: CheckSummary, success: str) -> int:
         damaged_objects=summary.damaged_objects,
         damaged_snapshots=summary.damaged_snapshots,
         damaged_files=summary.damaged_files,
+        missing_snapshots=summary.missing_snapshots,
         duration_s=session.display.elapsed_s,
     )
     return 0 if summary.clean else DAMAGE_FOUND
@@ -97,6 +110,8 @@ def _damage(summary: CheckSummary) -> str:
         )
         if number
     ]
+    if not found:
+        return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
     # Each host remembers for itself what it has found damaged: that is when its backups store it again.
     return (
         f"check: found damage: {', '.join(found)}; run `coffret check`, then `coffret backup` on the hosts whose files "

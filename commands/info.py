@@ -36,7 +36,9 @@ def command(session: Session) -> int:
                 f"chunker     {chunker.name}, {chunker.min_bytes >> 10} KiB to {chunker.max_bytes >> 10} KiB,"
                 f" {chunker.avg_bytes >> 10} KiB on average"
             )
+            state = repository.state_of(snapshots)
             display.line(f"snapshots   {len(snapshots)}")
+            display.line(f"state       {state}")
             display.line(f"packs       {packs}, {format_size(stored)}")
         display.summary(
             "",
@@ -53,6 +55,7 @@ def command(session: Session) -> int:
             },
             pack_bytes=config.pack_bytes,
             snapshots=len(snapshots),
+            state=state,
             packs=packs,
             bytes_stored=stored,
         )

@@ -25,8 +25,14 @@ COMMANDS = {
     "ls": ("ls", "List snapshots, or what lies in one."),
     "check": ("check", "Verify snapshots, or the whole repository."),
     "restore": ("restore", "Restore a snapshot, or a part of it, into a directory."),
+    "repair": ("repair", "Rebuild the index, or what is whole of damaged snapshots."),
+    "sync": ("sync", "Copy snapshots to, from or with another repository."),
+    "clone": ("clone", "Make an exact copy of the repository, or bring one up to date."),
+    "rm": ("rm", "Remove snapshots from the list."),
+    "prune": ("prune", "Remove the snapshots that a policy does not keep."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
+    "server": ("server", "Serve a repository to other hosts; make tokens for them."),
 }
 FLAGS = {
     "-q": "quiet",
@@ -35,6 +41,7 @@ FLAGS = {
     "--verbose": "verbose",
     "--json": "json",
     "--no-cache": "no_cache",
+    "--insecure": "insecure",
 }
 VALUES = {
     "--connections": "connections",
@@ -43,6 +50,7 @@ VALUES = {
     "--workers": "workers",
     "--cache-dir": "cache_dir",
     "--expect-id": "expect_id",
+    "--expect-state": "expect_state",
     "-o": "option",
     "--option": "option",
 }
@@ -64,7 +72,10 @@ Global options, anywhere on the line:
   --workers N           processes that read, cut and hash (default 4), or open and write (default 3)
   --cache-dir DIR       where to keep the local cache
   --no-cache            keep no local cache
+  --insecure            speak to a server on another host without TLS, or serve one so
   --expect-id ID        fail unless the repository has this id; accepts a repository that has changed
+  --expect-state STATE  fail unless the snapshots are there that were when a backup told this state; newer ones may be,
+                        and others that were seen here are not missed any more
   -o KEY=VALUE          an option of the storage
   --help                this text, or a command's
 
@@ -93,12 +104,14 @@ class Globals:
     verbose: bool = False
     json: bool = False
     no_cache: bool = False
+    insecure: bool = False
     connections: int | None = None
     limit_upload: str | None = None
     limit_download: str | None = None
     workers: int | None = None
     cache_dir: str | None = None
     expect_id: str | None = None
+    expect_state: str | None = None
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -145,15 +158,16 @@ def _own_arguments(name: str, rest: list[str], found: Globals) -> list[str]:
     """
     command = load_command(name)
     own_options = _options_of(command)
-    known, subcommands = {**_GLOBAL, **own_options}, getattr(command, "commands", {})
+    known, group = {**_GLOBAL, **own_options}, command
     path, own = [name], []
     try:
         while rest and rest[0] != "--":
             if not _is_option(rest[0]):
                 word = rest.pop(0)
                 own.append(word)
-                if len(path) == 1 and word in subcommands:
+                if word in getattr(group, "commands", {}):
                     path.append(word)
+                    group = getattr(group, "commands", {})[word]
                 continue
             for option, value in _take_option(rest, known):
                 if option not in own_options:
@@ -170,13 +184,14 @@ def _own_arguments(name: str, rest: list[str], found: Globals) -> list[str]:
 
 
 def _options_of(command: click.Command) -> Options:
-    """The options of a command and its subcommands."""
+    """The options of a command and its subcommands, however deep."""
     options = {"-h": False, "--help": False}
-    for each in (command, *getattr(command, "commands", {}).values()):
-        for parameter in each.params:
-            if parameter.param_type_name == "option":
-                takes_value = not getattr(parameter, "is_flag", False)
-                options |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), takes_value)
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            takes_value = not getattr(parameter, "is_flag", False)
+            options |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), takes_value)
+    for each in getattr(command, "commands", {}).values():
+        options |= _options_of(each)
     return options
 
 

@@ -68,28 +68,39 @@ def iso_time(time_ns: int) -> str:
 
 
 def show_snapshot(session: Session, snapshot: Snapshot) -> None:
-    """A line: time, short id, size, duration, path, and how many paths could not be read, if any."""
+    """A line of a snapshot, or an item."""
+    session.display.line(snapshot_line(snapshot))
+    session.display.item(**snapshot_fields(snapshot))
+
+
+def snapshot_line(snapshot: Snapshot) -> str:
+    """Time, short id, size, duration, path, and how many paths could not be read, if any."""
     header = snapshot.header
     errors = f"   {counted(header.counts.errors, 'error')}" if header.counts.errors else ""
-    duration_s = header.duration_ns / 1e9
-    session.display.line(
+    return (
         f"{iso_time(header.time_ns)}   {snapshot.short_id}   {format_size(header.counts.size_bytes):>8}"
-        f"   {format_duration(int(duration_s)):>5}   {' '.join(printable(root) for root in header.roots)}{errors}"
+        f"   {format_duration(int(header.duration_ns / 1e9)):>5}   "
+        f"{' '.join(printable(root) for root in header.roots)}{errors}"
     )
-    session.display.item(
-        snapshot_id=snapshot.id,
-        short_id=snapshot.short_id,
-        time=iso_time(header.time_ns),
-        host=header.host,
-        user=header.user,
+
+
+def snapshot_fields(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot in JSON."""
+    header = snapshot.header
+    return {
+        "snapshot_id": snapshot.id,
+        "short_id": snapshot.short_id,
+        "time": iso_time(header.time_ns),
+        "host": header.host,
+        "user": header.user,
         **paths_fields(header.roots),
         **path_fields(common_path(header.roots)),
-        tags=header.tags,
-        size_bytes=header.counts.size_bytes,
-        files=header.counts.files,
-        errors=header.counts.errors,
-        duration_s=duration_s,
-    )
+        "tags": header.tags,
+        "size_bytes": header.counts.size_bytes,
+        "files": header.counts.files,
+        "errors": header.counts.errors,
+        "duration_s": header.duration_ns / 1e9,
+    }
 
 
 async def _entries(

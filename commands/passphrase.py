@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NEW = "COFFRET_NEW_PASSPHRASE"
 
 
-class _Group(click.Group):
+class Group(click.Group):
     """A group that lists its commands with all that their help says, not with the beginning of it."""
 
     def command(self, name: str, text: str) -> Callable[..., Any]:  # type: ignore[override]
@@ -31,7 +31,7 @@ class _Group(click.Group):
 
 
 @click.group(
-    cls=_Group,
+    cls=Group,
     epilog=EPILOG,
     no_args_is_help=False,
     help="Passphrases that open the repository. A new one is asked for twice on a terminal, or comes from"
@@ -142,12 +142,14 @@ def rm(session: Session, slot: str, exclusive: bool) -> int:
     """Remove a slot."""
 
     async def run() -> int:
+        from coffret.engine.configuration import config_hash
         from coffret.engine.keyring import read_keyring
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
             _check_encrypted(repository)
-            found = passphrases.find_slot(await read_keyring(repository.connector), slot)
+            keyring = await read_keyring(repository.connector, config_hash(repository.config_data))
+            found = passphrases.find_slot(keyring, slot)
             await passphrases.remove(
                 repository.connector, repository.config_data, repository.secrets, found, exclusive=exclusive
             )

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ import click
 from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
 from coffret.engine.errors import CoffretError, Damaged, OutOfSpace, UsageError, WrongPassphrase, reported
-from coffret.engine.passphrase import passphrase_from_environment, passphrase_is_set, passphrase_variables
+from coffret.engine.passphrase import PREFIX, passphrase_from_environment, passphrase_is_set, passphrase_variables
 from coffret.engine.repository import OpenOptions, open_repository
 from coffret.engine.units import parse_size
 
@@ -37,6 +38,10 @@ INTERRUPTED = 130
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What `check` says of damage, also where it is so bad that nothing more can be checked.
 DAMAGE_FOUND = 4
+# The variables that give the passphrase of the other repository of a command begin so.
+PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
+# Commands that, interrupted, go on where they were when they are run again.
+_TAKEN_UP = ("backup", "push", "clone")
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 
@@ -75,13 +80,24 @@ class Session:
                 connections=found.connections,
                 upload=_rate(found.limit_upload),
                 download=_rate(found.limit_download),
+                insecure=found.insecure,
                 on_retry=self._retrying,
             ),
             cache_dir=Path(found.cache_dir) if found.cache_dir else None,
             use_cache=not found.no_cache,
             expect_id=found.expect_id,
+            expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
         )
+
+    @cached_property
+    def peer_options(self) -> OpenOptions:
+        """The same for the other repository of a command: what is asked of R's storage or id is not asked of this one.
+
+        What its connector is to know stands in the query of its URL.
+        """
+        encrypted_only = passphrase_is_set(os.environ, PEER_PREFIX)
+        return replace(self.options, connector={}, expect_id=None, expect_state=None, encrypted_only=encrypted_only)
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
         self.display.note(f"{what} is tried again: {error}")
@@ -112,37 +128,76 @@ class Session:
                 for note in opened.notes:
                     self.display.note(note)
 
+    @asynccontextmanager
+    async def peer(self, location: str, *ahead: str, writing: bool = False) -> AsyncIterator[Repository]:
+        """The other repository of a command, opened with a passphrase of its own; for the rest as `repository`.
+
+        Of the two, one is opened after the other.
+        """
+        self._ahead = ("coffret.engine.mirror", *ahead)
+        async with open_repository(
+            location, passphrase=self._peer_passphrase, options=self.peer_options, writing=writing
+        ) as opened:
+            self._check_passphrase = ""
+            self.display.begin()
+            try:
+                yield opened
+            finally:
+                for note in opened.notes:
+                    self.display.note(f"peer: {note}")
+
     def passphrase(self) -> bytes:
         """The passphrase of an existing repository, from the environment, or asked for once on a terminal.
 
         :raises WrongPassphrase: if there is none
         """
-        found = passphrase_from_environment(os.environ)
+        return self._existing_passphrase(PREFIX, "repository")
+
+    def _peer_passphrase(self) -> bytes:
+        return self._existing_passphrase(PEER_PREFIX, "peer repository")
+
+    def _existing_passphrase(self, prefix: str, which: str) -> bytes:
+        found = passphrase_from_environment(os.environ, prefix)
+        variables = passphrase_variables(prefix)
         if found is not None:
-            [variable] = (name for name in passphrase_variables() if name in os.environ)
-            self._check_passphrase = f"{variable} gives another than any of this repository's"
+            [variable] = (name for name in variables if name in os.environ)
+            self._check_passphrase = f"{variable} gives another than any of this {which}'s"
         elif not terminal():
-            raise WrongPassphrase("the repository is encrypted and no passphrase was given")
+            remedy = f"set {variables[0]}, {variables[1]} or {variables[2]}, or run on a terminal"
+            raise WrongPassphrase(f"the {which} is encrypted and no passphrase was given", remedy=remedy)
         else:
             self._check_passphrase = "type it again: upper case, lower case and the keyboard's layout matter"
-            found = ask("repository passphrase: ")
+            found = ask(f"{which} passphrase: ")
         # Deriving the key, which follows, takes 0.14 s of one core without the interpreter: use the other meanwhile.
         with suppress(RuntimeError):  # no further thread can be started
             threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
         return found
 
-    def run(self, operation: Callable[[], Awaitable[int]], *, progress: bool = False) -> int:
+    def run(
+        self,
+        operation: Callable[[], Awaitable[int]],
+        *,
+        progress: bool = False,
+        on_stop: Callable[[], object] | None = None,
+    ) -> int:
         """Run an operation in the event loop, with the display beside it if `progress`; return the exit code.
 
-        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it.
+        Ctrl-C, SIGTERM and SIGHUP cancel it, and it ends cleanly; a second Ctrl-C or SIGTERM kills it. What goes on
+        until it is told to end is given `on_stop`, which the first signal calls: its end is no interruption then.
         """
-        interrupted = False
+        asked, interrupted = False, False
 
         async def watch(signals: AsyncIterator[signal.Signals], scope: anyio.CancelScope) -> None:
-            nonlocal interrupted
+            nonlocal asked, interrupted
             async for number in signals:
-                if interrupted and number == signal.SIGHUP:
+                if asked and number == signal.SIGHUP:
                     continue
+                if on_stop is not None and not asked:
+                    asked = True
+                    self.display.note(f"{number.name}: stopping when what is under way is done")
+                    on_stop()
+                    continue
+                asked = True
                 if interrupted:
                     self.display.close()
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -179,7 +234,7 @@ class Session:
             else:
                 return self._report(error)
         if interrupted and code == INTERRUPTED:  # not if all was done by then
-            kept = "; what was stored is kept and will be taken up" if self.name in ("backup", "push") else ""
+            kept = "; what was stored is kept and will be taken up" if self.name in _TAKEN_UP else ""
             self.display.error(Interrupted(f"interrupted{kept}"))
             return INTERRUPTED
         return code
@@ -207,7 +262,7 @@ class Session:
         """Let an error say what helps this command."""
         if isinstance(error, WrongPassphrase) and error.remedy == WrongPassphrase.remedy:
             error.remedy = self._check_passphrase or error.remedy
-        elif isinstance(error, OutOfSpace) and self.name in ("backup", "push"):
+        elif isinstance(error, OutOfSpace) and self.name in _TAKEN_UP:
             error.remedy += "; what was stored is kept"
         elif isinstance(error, Damaged) and self.name == "check":
             error.exit_code = DAMAGE_FOUND
@@ -270,7 +325,7 @@ def ask(prompt: str) -> bytes:
 
 
 def new_passphrase(
-    prompt: str = "repository passphrase", prefix: str = "COFFRET_PASSPHRASE", *, if_empty: str = "choose one"
+    prompt: str = "repository passphrase", prefix: str = PREFIX, *, if_empty: str = "choose one"
 ) -> bytes:
     """A passphrase for something new: from the environment, or asked for twice on a terminal.
 

@@ -118,6 +118,9 @@ class Connector(ABC):
         """Move so many objects at a time, instead of what suits the storage; to be called before it is used."""
         self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=count)
 
+    def set_insecure(self) -> None:  # noqa: B027 - most storages encrypt, or are on this machine
+        """Accept that whoever is on the way can read what is moved, and what gives access to the storage."""
+
     def set_pace(self, pace: Pace) -> bool:
         """Whether this connector will ask `pace` before each piece that it moves; else whole objects are paid for."""
         return False

@@ -155,10 +155,10 @@ class LocalConnector(Connector):
                 raise NotStorage(f"{self.path} holds other files, {entry.name!r} for one")
         if "config" in names:
             return False
-        # A creation cut short leaves a key slot at most. More is a repository that lost its config: not to be buried
-        # under a new one.
+        # A creation cut short leaves a key slot and a lease at most. More is a repository that lost its config: not to
+        # be buried under a new one.
         for info in self._walk(""):
-            if not info.name.startswith("keys/"):
+            if not info.name.startswith(("keys/", "leases/")):
                 raise NotStorage(f"{self.path} holds objects of a repository without its config")
         return True
 

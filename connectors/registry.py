@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # imported when its scheme is used: storage clients take 80 to 280 ms.
 SCHEMES = {
     "file": ("coffret.connectors.local", "/path or file:///path"),
+    "http": ("coffret.connectors.http", ""),
+    "https": ("coffret.connectors.http", "https://host[:port]/"),
     "s3": ("coffret.connectors.s3", "s3://host[:port]/bucket[/prefix]"),
     "s3+http": ("coffret.connectors.s3", ""),
     "sftp": ("coffret.connectors.sftp", "sftp://[user@]host[:port]/path"),
@@ -41,7 +43,7 @@ def open_connector(url: str, options: Mapping[str, str]) -> Connector:
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else "file"
     if scheme not in SCHEMES:
-        forms = ", ".join(form for _, form in SCHEMES.values())
+        forms = ", ".join(form for _, form in SCHEMES.values() if form)
         raise InvalidLocation(f"{url}: {scheme}:// is not a known kind of repository; a repository is given as {forms}")
     opener: Callable[[str, Mapping[str, str]], Connector] = importlib.import_module(SCHEMES[scheme][0]).open_url
     return opener(url, options)
@@ -52,13 +54,14 @@ class Transfers:
     """How a storage is to be used.
 
     `connections`: transfers at a time, None for what suits it. `upload` and `download`: bytes a second over all
-    together, None for no limit. `on_retry` is told what failed, and why, when it is about to be tried again. `on_call`
-    is told (method, name, bytes, seconds, error or "") of each call.
+    together, None for no limit. `insecure`: without TLS even to another host. `on_retry` is told what failed, and why,
+    when it is about to be tried again. `on_call` is told (method, name, bytes, seconds, error or "") of each call.
     """
 
     connections: int | None = None
     upload: float | None = None
     download: float | None = None
+    insecure: bool = False
     on_retry: Callable[[str, ConnectorError], None] | None = None
     on_call: Callable[[str, str, int, float, str], None] | None = None
 
@@ -73,6 +76,8 @@ def connect(url: str, options: Mapping[str, str], transfers: Transfers) -> tuple
     bare = open_connector(url, options)
     if transfers.connections is not None:
         bare.set_connections(transfers.connections)
+    if transfers.insecure:
+        bare.set_insecure()
     traced = TraceConnector(bare, on_call=transfers.on_call)
     connector: Connector = traced
     if transfers.upload is not None or transfers.download is not None:

@@ -96,9 +96,9 @@ class S3Connector(Connector):
             raise NotStorage(f"{self.location} holds other objects, {foreign[0]!r} for one: choose another prefix")
         if "config" in names:
             return
-        # A creation cut short leaves a key slot at most. More is a repository that lost its config.
+        # A creation cut short leaves a key slot and a lease at most. More is a repository that lost its config.
         async for info in self.list(""):
-            if not info.name.startswith("keys/"):
+            if not info.name.startswith(("keys/", "leases/")):
                 raise NotStorage(f"{self.location} holds objects of a repository without its config")
 
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:

@@ -160,7 +160,7 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
     response: dict[str, Any] | None = getattr(error, "response", None)
     if isinstance(response, dict) and "Error" in response:
         return _answered(response, where)
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     for cause in chain:
         if isinstance(cause, ssl.SSLError) and type(cause).__module__ == "ssl":  # aiohttp's classes derive from it
             return _untrusted(cause, where)
@@ -174,7 +174,7 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
     if found is ConnectorError:
         # The library wraps what it does not know itself: the cause says more.
         found = next((kind for cause in chain if (kind := kind_of(type(cause))) not in (None, ConnectorError)), found)
-    return None if found is None else found(f"{where}: {_reason(chain)}")
+    return None if found is None else found(f"{where}: {reason_of(chain)}")
 
 
 def _answered(response: dict[str, Any], where: str) -> ConnectorError:
@@ -197,7 +197,7 @@ def _untrusted(cause: ssl.SSLError, where: str) -> ConnectorError:
     return ConnectionLost(f"{where}: {cause}")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
     """An error and what led to it, as Python and as botocore keep it."""
     todo, seen = [error], set()
     while todo:
@@ -210,7 +210,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             todo += [each for each in (cause.__context__, cause.__cause__, inner) if isinstance(each, BaseException)]
 
 
-def _reason(chain: list[BaseException]) -> str:
+def reason_of(chain: list[BaseException]) -> str:
     """What the operating system says, if it comes from there, else the library."""
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno and cause.errno > 0:

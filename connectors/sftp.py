@@ -379,9 +379,9 @@ class SFTPConnector(Connector):
                 raise NotStorage(f"{self.location} holds other files, {name!r} for one")
         if "config" in names:
             return False
-        # As in `local`: more than the key slot of a creation cut short is a repository that lost its config.
+        # As in `local`: more than the key slot and lease of a creation cut short is a repository that lost its config.
         async with aclosing(walk(files, "")) as infos:
             async for info in infos:
-                if not info.name.startswith("keys/"):
+                if not info.name.startswith(("keys/", "leases/")):
                     raise NotStorage(f"{self.location} holds objects of a repository without its config")
         return True

@@ -36,6 +36,9 @@ class Wrapper(Connector):
     def set_connections(self, count: int) -> None:
         self.inner.set_connections(count)
 
+    def set_insecure(self) -> None:
+        self.inner.set_insecure()
+
     def set_pace(self, pace: Pace) -> bool:
         return self.inner.set_pace(pace)
 

@@ -33,9 +33,9 @@ from coffret.engine.objects import (
     read_listed,
 )
 from coffret.engine.packfile import pack_name
-from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, decode_mark, encode
+from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, End, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
-from coffret.engine.snapshot import load_commits, seal_snapshot, snapshot_name
+from coffret.engine.snapshot import load_commits, seal_end, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,6 +61,8 @@ class Lease(msgspec.Struct):
 
 class Attempt:
     """One try. `announce` makes it known, `begin` learns the repository's state, `commit` ends it with a snapshot.
+
+    `commit_maintained` ends one that made none: it put index objects only.
 
     After `begin`: `commits` as listed, `marked` the packs to be swept, `damaged` the index objects that can't be read
     (with the reason): what only they locate is absent. `mirror` is the attempt's own view.
@@ -122,12 +124,21 @@ class Attempt:
 
         :raises LeaseLost: if maintenance has ended this attempt
         """
-        body = seal_snapshot(self._sealer, snapshot)
+        await self._commit(seal_snapshot(self._sealer, snapshot))
+
+    async def commit_maintained(self) -> None:
+        """Say that it has ended well, without a snapshot: from now on its index objects are good.
+
+        :raises LeaseLost: if maintenance has ended this attempt
+        """
+        await self._commit(seal_end(self._sealer, self.id, End("maintained", time.time_ns())))
+
+    async def _commit(self, body: bytes) -> None:
         name = snapshot_name(self.id)
         try:
             await put_once(self._connector, name, body)
         except AlreadyExists:
-            raise LeaseLost("another process ended this backup while it was at work") from None
+            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
         if self._kept is not None:  # the next run begins with reading it
             await self._kept.keep({name: body})
 

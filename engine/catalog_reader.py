@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from coffret.engine.catalog import directory_key, split_path
+from coffret.engine.catalog import directory_key, key_of, split_path
 from coffret.engine.catalog_walk import LoadedPage, PageWalk, payload_length
 from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.records import REF_BYTES, Extra, decode_xattrs, refs_length
@@ -61,6 +61,8 @@ class Catalog:
         # Refs of what is damaged; and how often something was met that is, which may be the same.
         self._told: set[bytes] = set()
         self._met = 0
+        #: Where damaged pages and nodes that were told of begin, and where what follows does (None: at the end).
+        self.lost_ranges: list[tuple[Key, Key | None]] = []
 
     @property
     def survives(self) -> bool:
@@ -118,6 +120,8 @@ class Catalog:
         if ref.ref in self._told or self._lost is None:
             return
         self._told.add(ref.ref)
+        behind = None if after is None else key_of(after.directory, after.name)
+        self.lost_ranges.append((key_of(ref.directory, ref.name), behind))
         first = _path_of(ref)
         until = f"to {os.fsdecode(_path_of(after))}" if after else "to the end"
         self._lost(first, f"{ref.entries} entries from {os.fsdecode(first)} {until} can't be read: {error}")

@@ -34,8 +34,8 @@ _MAX_PAYLOAD_BYTES = 16 << 20
 _decode_sections = msgspec.msgpack.Decoder(Annotated[list[Section], msgspec.Meta(max_length=1 << 14)]).decode
 _decode_refs = msgspec.msgpack.Decoder(Annotated[list[PageRef], msgspec.Meta(max_length=1 << 12)]).decode
 _FORBIDDEN = frozenset((b"", b".", b".."))
-# Stands for the sums of the root, which no node tells.
-_UNKNOWN = -1
+#: Stands for the sums of the root, which no node tells.
+UNKNOWN = -1
 _START: Key = (b"", b"")
 
 
@@ -93,7 +93,7 @@ class PageWalk:
         self._known = known
         # What is still to come, nearest first: loaded pages, then refs of pages, of nodes, of nodes above them …
         self._queues: list[deque[_Waiting]] = [deque() for _ in range(depth + 2)]
-        self._queues[-1].append(_Waiting(_START, PageRef(b"", b"", root, _UNKNOWN, 0, 0), None))
+        self._queues[-1].append(_Waiting(_START, PageRef(b"", b"", root, UNKNOWN, 0, 0), None))
         self._asked = (0, 0)
         self._ahead = _AHEAD_FIRST
         self._edge: Key | None = None
@@ -160,7 +160,7 @@ class PageWalk:
             loaded.append(pages.popleft())
 
     def _lose(self, waiting: _Waiting, error: Damaged) -> None:
-        if self._lost is None or waiting.ref.entries == _UNKNOWN:
+        if self._lost is None or waiting.ref.entries == UNKNOWN:
             raise error
         self._lost(waiting.ref, waiting.after, error)
 
@@ -251,7 +251,7 @@ def open_page(ref: PageRef, payload: bytes) -> LoadedPage:
         if key and (b"\0" in section.directory or not _FORBIDDEN.isdisjoint(key.split(b"\0"))):
             raise Damaged(f"a catalog holds an impossible path: {section.directory!r}")
     count = _check_entries(sections)
-    if ref.entries == _UNKNOWN:
+    if ref.entries == UNKNOWN:
         ref = describe(sections, ref.ref)
     first = sections[0]
     if (first.directory, first.entries[0].name, count) != (ref.directory, ref.name, ref.entries):
@@ -272,7 +272,7 @@ def open_node(ref: PageRef, payload: bytes) -> tuple[list[Key], list[PageRef]]:
         payload_length(child.ref)
         if child.entries < 1 or child.files < 0 or child.size_bytes < 0:
             raise Damaged("a node of a catalog counts less than nothing")
-    if ref.entries != _UNKNOWN:
+    if ref.entries != UNKNOWN:
         sums = (sum(c.entries for c in children), sum(c.files for c in children), sum(c.size_bytes for c in children))
         if keys[0] != key_of(ref.directory, ref.name) or sums != (ref.entries, ref.files, ref.size_bytes):
             raise Damaged("a node of a catalog is not the one its index means")

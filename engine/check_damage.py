@@ -17,9 +17,14 @@ WHOLE = -1
 
 @dataclass(slots=True)
 class CheckSummary:
-    """What a check found. `damaged_files` counts (snapshot, path) pairs; each was reported as a fault."""
+    """What a check found. `damaged_files` counts (snapshot, path) pairs; each was reported as a fault.
+
+    `packs_read`: those of the packs that were read whole. `missing_snapshots`: ids of those that were seen there and
+    not removed, or were removed and are back.
+    """
 
     packs: int = 0
+    packs_read: int = 0
     snapshots: int = 0
     files: int = 0
     size_bytes: int = 0
@@ -27,11 +32,13 @@ class CheckSummary:
     damaged_objects: list[str] = field(default_factory=list)
     damaged_snapshots: list[str] = field(default_factory=list)
     damaged_files: int = 0
+    missing_snapshots: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.damaged_packs or self.damaged_objects or self.damaged_snapshots or self.damaged_files)
+        damaged = self.damaged_packs or self.damaged_objects or self.damaged_snapshots or self.damaged_files
+        return not (damaged or self.missing_snapshots)
 
 
 class Damage:

@@ -11,7 +11,7 @@ from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.fetch import unreadable
 from coffret.engine.keyring import read_keyring, slot_name
 from coffret.engine.objects import MAX_MARK_BYTES, read_listed
-from coffret.engine.records import ID_BYTES, UNDECODABLE, decode_mark
+from coffret.engine.records import ID_BYTES, UNDECODABLE, decode_mark, decode_removal
 from coffret.engine.snapshot import load_commits
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ async def _check_sealed(repository: Repository, info: ObjectInfo, kind: bytes, d
         # What was seen of a mark, and its end, have other fields.
         if kind == sealing.MARK and "-" not in info.name and len(decode_mark(payload).packs) % ID_BYTES:
             raise Damaged("names a part of a pack")
+        if kind == sealing.REMOVED:
+            decode_removal(payload)
     except NotFound:
         return  # leases come and go
     except (Damaged, *UNDECODABLE) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,18 +11,19 @@ from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.engine.check_damage import WHOLE
 from coffret.engine.errors import Damaged
 from coffret.engine.fetch import unreadable
+from coffret.engine.footers import read_footer
 from coffret.engine.index import open_index
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, list_objects, read_listed
 from coffret.engine.openpool import OpenPool
 from coffret.engine.openworker import TABLE, compare_tables
-from coffret.engine.packfile import TRAILER, PackReader, footer_length, pack_name
-from coffret.engine.sealing import HEADER_BYTES
+from coffret.engine.packfile import pack_name
 from coffret.engine.settings import CHECK_SLABS, OPEN_WORKERS
 
 if TYPE_CHECKING:
     from coffret.connectors.base import ObjectInfo
     from coffret.engine.check_damage import Damage
+    from coffret.engine.check_subset import Subset
     from coffret.engine.mirror import Mirror
     from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject, PackTable
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class PackCheck:
     """Verifies index objects, read anew, and the packs they name. `fast`: of packs only that they are there.
 
-    `workers`: how many processes, None for the number that was measured best. `gets`: limits what is read at a time.
+    `subset`: of which packs more than that, None for all. `workers`: how many processes, None for the number that was
+    measured best. `gets`: limits what is read at a time.
     """
 
     def __init__(
@@ -43,16 +44,21 @@ class PackCheck:
         progress: Progress,
         *,
         fast: bool,
+        subset: Subset | None,
         workers: int | None,
         gets: anyio.CapacityLimiter,
     ) -> None:
         self._repository, self._damage, self._progress = repository, damage, progress
         self._connector, self._sealer = repository.connector, repository.sealer
-        self._fast, self._workers = fast, workers or OPEN_WORKERS
+        self._fast, self._subset, self._workers = fast, subset, workers or OPEN_WORKERS
+        # The packs that are read, if not all are.
+        self._chosen: frozenset[str] | None = None
         self._gets = gets
         #: Packs that were looked at, and those there are, by name, with their sizes.
         self.seen: set[bytes] = set()
         self.found: dict[str, int] = {}
+        #: Packs that were read, every byte of them, and are as they were stored.
+        self.whole: frozenset[bytes] = frozenset()
 
     async def run(self, wanted: frozenset[bytes] | None) -> None:
         """Verify all index objects, and all packs they name, or those wanted that were not seen yet."""
@@ -62,8 +68,11 @@ class PackCheck:
             await self._tables(None, None, wanted)
             return
         names = None if wanted is None else {pack_name(pack) for pack in wanted - self.seen}
-        total = sum(size for name, size in self.found.items() if names is None or name in names)
-        self._progress.size_total = (self._progress.size_total or 0) + total
+        sizes = {name: size for name, size in self.found.items() if names is None or name in names}
+        if self._subset is not None:
+            self._chosen = self._subset.choose(sizes)
+            sizes = {name: sizes[name] for name in self._chosen}
+        self._progress.size_total = (self._progress.size_total or 0) + sum(sizes.values())
         pool = OpenPool(
             self._repository.secrets,
             self._repository.id_bytes,
@@ -73,6 +82,8 @@ class PackCheck:
         )
         async with pool, anyio.create_task_group() as group:
             await self._tables(pool, group, wanted)
+        read = {pack for pack in self.seen if self._chosen is None or pack_name(pack) in self._chosen}
+        self.whole |= read - self._damage.packs
 
     async def view(self) -> Mirror:
         """The mirror as far as index objects that can be relied on now say the same: it may remember more."""
@@ -130,7 +141,7 @@ class PackCheck:
         if size_bytes is None:
             if first:
                 self._damage.pack(table.pack, [(WHOLE, "is missing")])
-        elif pool is None or group is None:
+        elif pool is None or group is None or (self._chosen is not None and name not in self._chosen):
             if size_bytes != table.size_bytes and first:
                 self._damage.pack(table.pack, [(WHOLE, f"has {size_bytes} bytes instead of {table.size_bytes}")])
             elif table.pack not in self._damage.packs:
@@ -154,6 +165,7 @@ class PackCheck:
             self._damage.pack(table.pack, [(WHOLE, unreadable(name, error))])
             return
         self._progress.size_bytes += size_bytes
+        self._damage.summary.packs_read += 1
         self._damage.summary.size_bytes += size_bytes
         done = anyio.Event()
 
@@ -179,12 +191,8 @@ class PackCheck:
         """Compare what another index object says of a pack that was seen already with the pack's own block table."""
         name = pack_name(table.pack)
         try:
-            header = await self._connector.get(name, length=HEADER_BYTES)
-            trailer = await self._connector.get(name, offset=size_bytes - TRAILER.size, length=TRAILER.size)
-            length = footer_length(trailer) + TRAILER.size
-            tail = await self._connector.get(name, offset=max(0, size_bytes - length), length=min(length, size_bytes))
-            blocks = await to_thread.run_sync(partial(PackReader(header, self._sealer).open_footer, tail, size_bytes))
-        except (Damaged, ConnectorError):
+            header, blocks = await read_footer(self._connector, self._sealer, name, size_bytes)
+        except Damaged:
             return  # reported when the pack was read
         rows = [(b.offset, b.stored_bytes, b.raw_bytes, b.codec, b.refs) for b in table.blocks]
         self._said(index, table, size_bytes, [r for _, r in compare_tables(header, blocks, table.header, rows)])

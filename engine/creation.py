@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector
     from coffret.engine.records import Config
+    from coffret.engine.repository import Repository
 
 # Racing puts of one name, by which a storage shows whether they exclude each other.
 _RACERS = 4
@@ -29,23 +31,32 @@ async def create_repository(
     url: str,
     *,
     passphrase: bytes | None,
+    like: Repository | None = None,
     options: OpenOptions | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Config:
     """Make a new, empty repository; without a passphrase it has no encryption. Returns its config.
 
-    `on_note` is told what the storage can't promise.
+    `like`: an open repository that cuts and names chunks as the new one is to do, so that what is copied from there is
+    known to backups made here. `on_note` is told what the storage can't promise.
 
-    :raises UsageError: if there is a repository already, or the passphrase is empty
+    :raises UsageError: if there is a repository already, or the passphrase is empty, or if keys of a repository with
+        encryption would lie in clear
     :raises NoRepository: if the place holds something else
     """
     options = options or OpenOptions()
-    secrets = keys.new_secrets(encrypted=passphrase is not None)
-    config = configuration.new_config(secrets)
+    encrypted = passphrase is not None
+    secrets = keys.new_secrets(encrypted=encrypted)
+    if like is None:
+        config = configuration.new_config(secrets)
+    else:
+        check_like(like, encrypted=encrypted)
+        secrets = replace(secrets, id_key=like.secrets.id_key, chunker_key=like.secrets.chunker_key)
+        config = configuration.new_config(secrets, chunker=like.config.chunker, pack_bytes=like.config.pack_bytes)
     data = configuration.config_bytes(config)
     async with bare_storage(url, options) as connector:
         await _make_place(connector, url)
-        notes = await _probe(connector)
+        notes = await probe(connector)
         if passphrase is not None:
             label = f"{os.uname().nodename}"
             slot_id, slot = await to_thread.run_sync(
@@ -70,6 +81,18 @@ async def create_repository(
     return config
 
 
+def check_like(like: Repository, *, encrypted: bool) -> None:
+    """See that a repository, with encryption or without, may be made like another.
+
+    :raises UsageError: if not
+    """
+    if like.config.encrypted and not encrypted:
+        raise UsageError(
+            f"the repository at {like.connector.location} is encrypted, and the new one would show its keys in clear",
+            remedy="leave out --no-encryption, or --like",
+        )
+
+
 async def _make_place(connector: Connector, url: str) -> None:
     """Make the storage ready, if no repository is there.
 
@@ -92,7 +115,7 @@ def _taken(url: str) -> UsageError:
     return UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
 
 
-async def _probe(connector: Connector) -> list[str]:
+async def probe(connector: Connector) -> list[str]:
     """Race puts of one name, and see what the storage makes of it; return notes for the user.
 
     Backups need no exclusive puts, since no two writers ever use one name; maintenance does.

@@ -58,7 +58,8 @@ class Gatherer:
         if block.raw_bytes >= _NEARLY:
             blocks.append(self._hold(block, run))
             block = RawBlock(self._meta)
-        elif run.slab is not None:
+        else:
+            # A copy: what is kept of a run holds neither its slab nor the rest of it.
             block.parts = [bytes(part) if isinstance(part, memoryview) else part for part in block.parts]
         self._open = block
         return blocks
@@ -86,7 +87,7 @@ async def dedup_stage(
     data, meta = Gatherer(meta=False), Gatherer(meta=True)
     with outbox:
         async for run in inbox:
-            fresh = await known.claim(run.refs)
+            fresh = [True] * (len(run.refs) // REF_BYTES) if run.claimed else await known.claim(run.refs)
             gatherer = meta if run.meta else data
             for block in gatherer.add(run, fresh):
                 progress.added_bytes += block.raw_bytes

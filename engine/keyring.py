@@ -35,7 +35,7 @@ _FOLDER = "keys/"
 _SLOT = re.compile(r"keys/([0-9a-f]{64})")
 _REMOVAL = re.compile(r"keys/removed-([1-9][0-9]{0,5})")
 # One removal a day for 270 years; each adds 67 bytes to those after it.
-_MAX_REMOVALS, _MAX_REMOVAL_BYTES = 99_999, 8 << 20
+_MAX_REMOVALS, MAX_REMOVAL_BYTES = 99_999, 8 << 20
 # Slots that vanish while they are read are listed again; a storage that never comes to rest is not obeyed.
 _TRIES = 20
 
@@ -164,10 +164,10 @@ async def _last_removal(
     for number in sorted(removals, reverse=True):
         info = removals[number]
         try:
-            data = await connector.get(info.name, length=min(info.size_bytes, _MAX_REMOVAL_BYTES))
+            data = await connector.get(info.name, length=min(info.size_bytes, MAX_REMOVAL_BYTES))
         except NotFound:
             data = b""
-        removal = _parse_removal(data, number)
+        removal = parse_removal(data, info.name)
         if removal is not None and (config_hash is None or removal.config == config_hash.hex()):
             return removal, intact
         intact = False
@@ -178,10 +178,11 @@ def _checksum(removal: Removal) -> bytes:
     return blake3(msgspec.json.encode(msgspec.structs.replace(removal, checksum=b""))).digest()
 
 
-def _parse_removal(data: bytes, number: int) -> Removal | None:
-    """A removal, or None if it is not what was put there."""
+def parse_removal(data: bytes, name: str) -> Removal | None:
+    """The removal in an object of this name, or None if it is not what was put there."""
     try:
         removal = msgspec.json.decode(data, type=Removal, strict=True)
     except (ValueError, RecursionError):
         return None
-    return removal if removal.number == number and removal.checksum == _checksum(removal) else None
+    is_it = name == f"{_FOLDER}removed-{removal.number}" and removal.checksum == _checksum(removal)
+    return removal if is_it else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from anyio import to_thread
+
 from coffret.engine.records import iter_refs
 
 if TYPE_CHECKING:
@@ -60,6 +62,13 @@ class KnownChunks:
         sifted = self._mirror.sift_here(ids, marked=self._marked)
         self.adopt({ids[number]: location for number, location in sifted.adopt})
         return {ids[number] for number in sifted.absent}
+
+    async def lacking(self, ids: Sequence[bytes]) -> set[bytes]:
+        """Those of the chunks that have to be stored and nobody has claimed yet, the others being relied on."""
+        asked = [chunk_id for chunk_id in ids if chunk_id not in self._claimed]
+        if not self._mirror.objects or not asked:
+            return set(asked)
+        return await to_thread.run_sync(self.absent, asked)
 
     def adopt(self, locations: Mapping[bytes, Location]) -> None:
         """Have the attempt's own index name these; in any thread."""

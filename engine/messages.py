@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blake3 import blake3
 
 from coffret.engine.records import pack_ref
+from coffret.engine.sealing import RAW
 from coffret.engine.settings import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from coffret.engine.catalog_walk import LoadedPage
-    from coffret.engine.chunkpool import Slab
     from coffret.engine.records import Entry, PageRef
 
 
@@ -75,14 +75,28 @@ class ScanPage:
         self.source = None
 
 
+class Held(Protocol):
+    """Memory that is reused when nobody holds it any more: a slab."""
+
+    def hold(self) -> None:
+        """One more needs it."""
+
+    def release(self) -> None:
+        """One less needs it."""
+
+
 @dataclass(slots=True)
 class Run:
-    """Chunks that lie one behind the other in `view`: file contents in a slab, or catalog chunks (`meta`)."""
+    """Chunks that lie one behind the other in `view`: file contents in a slab, or catalog chunks (`meta`).
+
+    `claimed`: it is known already that all of them are to be stored.
+    """
 
     view: memoryview | bytes
     refs: bytes
-    slab: Slab | None = None
+    slab: Held | None = None
     meta: bool = False
+    claimed: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -92,17 +106,23 @@ class Run:
 
 @dataclass(slots=True)
 class RawBlock:
-    """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in."""
+    """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in.
+
+    `packed`: the block as it is to be sealed, coded by `codec`, if it comes from another repository whole.
+    """
 
     meta: bool
     parts: list[memoryview | bytes] = field(default_factory=list)
     refs: list[bytes] = field(default_factory=list)
     raw_bytes: int = 0
-    slabs: list[Slab] = field(default_factory=list)
+    slabs: list[Held] = field(default_factory=list)
+    packed: memoryview | bytes | None = None
+    codec: int = RAW
 
     def release(self) -> None:
         """The parts are no longer needed."""
         self.parts.clear()
+        self.packed = None
         for slab in self.slabs:
             slab.release()
         self.slabs.clear()

@@ -49,7 +49,7 @@ def batches(infos: Iterable[ObjectInfo], at_once: int) -> Iterator[list[ObjectIn
         yield batch
 
 
-async def put_once(connector: Connector, name: str, body: bytes) -> None:
+async def put_once(connector: Connector, name: str, body: bytes | memoryview) -> None:
     """Put an object if absent. If the answer is lost, or the name is taken, what stands there decides.
 
     :raises AlreadyExists: if the name is taken by other bytes: no two bodies are equal, each holds a nonce
@@ -66,7 +66,7 @@ async def put_once(connector: Connector, name: str, body: bytes) -> None:
             raise AlreadyExists(f"{name} is taken") from None
 
 
-async def _holds(connector: Connector, name: str, body: bytes) -> bool:
+async def _holds(connector: Connector, name: str, body: bytes | memoryview) -> bool:
     if (await connector.stat(name)).size_bytes != len(body):
         return False
     return await connector.get(name) == body

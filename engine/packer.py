@@ -64,7 +64,9 @@ class Packer:
         self.stored_bytes = 0
 
     def _compress(self, block: RawBlock) -> Body:
-        """Join and compress a block; one that does not shrink stays as it is."""
+        """Join and compress a block, unless it comes packed; one that does not shrink stays as it is."""
+        if block.packed is not None:
+            return Body(block, block.packed, block.codec)
         data = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
         if self._level is None:
             return Body(block, data, RAW)

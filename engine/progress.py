@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Item:
     """One path that was dealt with. `path` is absolute, with a leading slash; `status` is one of
-    new, changed, unmodified, restored, verified, skipped, damaged."""
+    new, changed, unmodified, restored, verified, copied, skipped, damaged."""
 
     path: bytes
     status: str
@@ -35,8 +35,8 @@ class Progress:
 
     Totals are None until they are known; `subject` is the short id of the snapshot at work. `new`, `changed` and
     `unmodified` count all that is no directory, `read_files` those files of a backup that had to be read; `size_bytes`
-    are of files, but while a check is at its packs those of packs. `on_item` is called for each path when it is set;
-    `on_fault` for each fault, `on_note` for a remark that is no fault.
+    are of files, but while a check is at its packs those of packs; a clone counts objects as `files`. `on_item` is
+    called for each path when it is set; `on_fault` for each fault, `on_note` for a remark that is no fault.
     Callbacks run on the event loop and must not block.
     """
 

@@ -146,6 +146,14 @@ class End(msgspec.Struct):
     time_ns: int
 
 
+class Removal(msgspec.Struct):
+    """`removed/<snapshot>-<attempt>`: by whom, from which host and when (ns since 1970, UTC) a snapshot was removed."""
+
+    host: str
+    user: str
+    time_ns: int
+
+
 class Counts(msgspec.Struct):
     """What a snapshot holds, and what making it took."""
 
@@ -225,6 +233,7 @@ decode_index = msgspec.msgpack.Decoder(IndexObject).decode
 decode_page = msgspec.msgpack.Decoder(list[Section]).decode
 decode_node = msgspec.msgpack.Decoder(list[PageRef]).decode
 decode_mark = msgspec.msgpack.Decoder(Mark).decode
+decode_removal = msgspec.msgpack.Decoder(Removal).decode
 decode_end = msgspec.msgpack.Decoder(End).decode
 decode_header = msgspec.msgpack.Decoder(SnapshotHeader).decode
 decode_blocks = msgspec.msgpack.Decoder(list[Block]).decode

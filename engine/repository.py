@@ -23,6 +23,8 @@ from coffret.engine.flow import together
 from coffret.engine.keyring import Keyring, read_keyring
 from coffret.engine.readahead import ReadAhead
 from coffret.engine.sealing import Sealer
+from coffret.engine.seen import Rollback, Watch, seen_path, state_of
+from coffret.engine.seen import check_expected as check_expected_state
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
     from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
+    from coffret.engine.ops.sync import SyncOptions, SyncSummary
     from coffret.engine.progress import Progress
     from coffret.engine.records import Config, Entry, SourceFault
     from coffret.engine.sealing import Secrets
@@ -48,7 +51,8 @@ class OpenOptions:
     """How to reach a repository, and where this machine keeps what it knows of it.
 
     `connector`: options of the storage; `transfers`: how it is used. `cache_dir` and `state_dir` default to the user's
-    folders. `expect_id`: accept this repository, and no other. `encrypted_only`: refuse one without encryption, since a
+    folders. `expect_id`: accept this repository, and no other; `expect_state`: and only if it has these snapshots (see
+    `seen.check_expected`), whatever else was seen. `encrypted_only`: refuse one without encryption, since a
     passphrase was given.
     """
 
@@ -58,6 +62,7 @@ class OpenOptions:
     state_dir: Path | None = None
     use_cache: bool = True
     expect_id: str | None = None
+    expect_state: str | None = None
     encrypted_only: bool = False
     #: What was asked of each storage that was opened with these options, by location and method.
     calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class Repository:
         options: OpenOptions,
         notes: list[str],
         kept: StoreCache | None = None,
+        cache_folder: Path | None = None,
         writing: bool = False,
         ahead: ReadAhead | None = None,
     ) -> None:
@@ -92,8 +98,14 @@ class Repository:
         self.sealer = Sealer(secrets, self.id_bytes)
         #: What is kept locally of a storage elsewhere, if anything is.
         self.kept = kept
+        #: The folder of what this machine caches of the repository; None if it keeps no cache.
+        self.cache_folder = cache_folder
         self._commits: Commits | None = None
         self._ahead = ahead
+        path = seen_path(connector.location, self.config.repository_id, options.state_dir)
+        self._watch = Watch(connector, self.sealer, path)
+        #: Snapshots that were seen at this location and are not shown any more; of the last listing.
+        self.rollback = Rollback()
 
     async def commits(self) -> Commits:
         """The snapshots there are, listed once, and anew after a backup; the mirror is in step with the index then."""
@@ -107,8 +119,38 @@ class Repository:
             damaged = await self._follow(commits, storage)
             self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
+            await self._warn(commits)
             self._commits = commits
         return self._commits
+
+    async def _warn(self, commits: Commits) -> None:
+        """`watch`, for who only lists."""
+        warning = await self.watch(commits)
+        if warning and warning not in self.notes:
+            self.notes.append(warning)
+
+    async def watch(self, commits: Commits) -> str:
+        """Compare a listing with what was seen before at this location, and remember it; return a warning, or "".
+
+        :raises RepositoryChanged: if another state is expected
+        """
+        expected = self.options.expect_state
+        if expected is not None:
+            await check_expected_state(self.connector, commits, self.secrets.id_key, expected.strip().lower())
+        self.rollback = await self._watch.look(commits, accept=expected is not None)
+        return self.rollback.told(self.state_of(commits.snapshots))
+
+    async def saw(self, snapshot: Snapshot) -> None:
+        """Remember a snapshot that was just made here."""
+        await self._watch.add(snapshot)
+
+    def state_of(self, snapshots: Sequence[Snapshot]) -> str:
+        """The state of the repository with these snapshots, as `--expect-state` takes it."""
+        return state_of((snapshot.header.snapshot_id for snapshot in snapshots), self.secrets.id_key)
+
+    def forget_commits(self) -> None:
+        """Snapshots came or went: list them anew when they are asked for."""
+        self._commits = None
 
     async def _relist(self) -> None:
         await self._follow(await self.commits(), self.connector)
@@ -138,9 +180,9 @@ class Repository:
 
         :raises Damaged: if the snapshot's object is not what was stored
         """
-        from coffret.engine.snapshot import load_faults
+        from coffret.engine.snapshot import load_whole
 
-        return await load_faults(self.connector, self.sealer, snapshot)
+        return (await load_whole(self.connector, self.sealer, snapshot)).header.faults
 
     async def backup(
         self,
@@ -156,12 +198,43 @@ class Repository:
         from coffret.engine.progress import Progress
 
         options = options or backup.BackupOptions()
-        if not self._writing and not options.dry_run:
+        if not options.dry_run:
+            await self._about_to_write()
+        summary = await backup.backup(self, source, options, progress or Progress())
+        self.forget_commits()
+        return summary
+
+    async def sync(
+        self,
+        source: Repository,
+        snapshots: Sequence[Snapshot],
+        options: SyncOptions | None = None,
+        progress: Progress | None = None,
+    ) -> SyncSummary:
+        """Copy snapshots of another repository into this one; see `ops.sync.sync`.
+
+        :raises RepositoryChanged: if data might be written in clear to a repository put in the place of another
+        """
+        from coffret.engine.ops import sync
+        from coffret.engine.progress import Progress
+
+        await self._about_to_write()
+        summary = await sync.sync(source, self, snapshots, options or sync.SyncOptions(), progress or Progress())
+        self.forget_commits()
+        return summary
+
+    async def _about_to_write(self) -> None:
+        if not self._writing:
             await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
             self._writing = True
-        summary = await backup.backup(self, source, options, progress or Progress())
-        self._commits = None
-        return summary
+
+    async def listed(self) -> Commits:
+        """The snapshots there are now, and nothing of the index: for comparing repositories."""
+        from coffret.engine.snapshot import load_commits
+
+        commits = await load_commits(self.connector, self.sealer, self.kept)
+        await self._warn(commits)
+        return commits
 
     async def restore(
         self,
@@ -244,13 +317,13 @@ class Repository:
         only what Coffret keeps of repositories is left out.
         """
         asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
-        cache = _cache_folder(self.options), self.options.cache_dir, "[0-9a-f]" * 64 + "-*"
-        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, "pins"
+        cache = _cache_folder(self.options), self.options.cache_dir, ("[0-9a-f]" * 64 + "-*",)
+        kept = self.options.state_dir or state.state_folder(), self.options.state_dir, state.KINDS
         places: list[Path] = []
-        for folder, chosen, pattern in (cache, kept):
+        for folder, chosen, patterns in (cache, kept):
             real = os.path.realpath(folder)
             if chosen or any(os.path.commonpath((real, path)) == real for path in asked_for):
-                places += folder.glob(pattern)
+                places += [place for pattern in patterns for place in folder.glob(pattern)]
             else:
                 places.append(folder)
         return frozenset(_identities([*places, *self.connector.places]))
@@ -289,7 +362,7 @@ async def open_repository(
     :raises NoRepository: if there is none
     :raises UsageError: if it has no encryption, and that is asked for
     :raises WrongPassphrase: if the passphrase opens nothing, or none is given
-    :raises RepositoryChanged: if it is not the one that was at this location before
+    :raises RepositoryChanged: if it is not the one that was at this location before, or not in the state expected
     """
     from coffret.engine.mirror import Mirror, mirror_folder
 
@@ -329,7 +402,7 @@ async def open_repository(
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
-            yield Repository(
+            repository = Repository(
                 connector,
                 data,
                 secrets,
@@ -338,9 +411,13 @@ async def open_repository(
                 options=options,
                 notes=notes,
                 kept=kept,
+                cache_folder=None if mirror.why_private else folder,
                 writing=writing,
                 ahead=ahead,
             )
+            if options.expect_state is not None:  # whatever is to be done
+                await repository.commits()
+            yield repository
             notes += connector.notes
         finally:
             with anyio.CancelScope(shield=True):
@@ -375,11 +452,28 @@ async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
     :raises RepositoryChanged: if it is not the one expected
     """
     options = options or OpenOptions()
+    if options.expect_state is not None:
+        raise UsageError(
+            "what state a repository is in nobody can tell without its keys", remedy="leave out --expect-state"
+        )
     async with bare_storage(url, options) as connector:
         config = configuration.parse_config(await _config(connector, url))
         state.check_expected(connector.location, config.repository_id, options.expect_id)
         _check_encryption(config, url, options)
         yield connector
+
+
+async def known_config(connector: Connector, url: str, options: OpenOptions) -> bytes:
+    """The stored config of the repository that was at this location before, for what needs no keys.
+
+    :raises NoRepository: if there is none
+    :raises UsageError: if it has no encryption, and that is asked for
+    :raises RepositoryChanged: if it is another than before, or than the one expected
+    """
+    data = await _config(connector, url)
+    await to_thread.run_sync(partial(_check_pins, connector, data, options, pin=False))
+    _check_encryption(configuration.parse_config(data), url, options)
+    return data
 
 
 @asynccontextmanager
@@ -409,7 +503,8 @@ async def check_not_lost(connector: Connector, url: str) -> None:
         async for _ in connector.list("packs/"):
             raise NoRepository(
                 f"{url} holds a repository that has lost its config",
-                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`",
+                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`; or, if it is a "
+                "clone that was interrupted, run that again",
             )
 
 

@@ -126,14 +126,7 @@ class Sealer:
         :raises Damaged: if it is no header, or not one that such an object of this repository can have
         """
         header = bytes(header[:HEADER_BYTES])
-        if len(header) < HEADER_BYTES or header[:8] != MAGIC:
-            raise Damaged("not an object of a coffret repository")
-        if header[8] != FORMAT_VERSION:
-            raise Damaged(f"an object says that it has format version {header[8]}, unlike its repository")
-        if header[9:10] != kind:
-            raise Damaged("an object is of another kind than its name says")
-        if header[10] != self._wrap or header[11] not in (RAW, ZSTD):
-            raise Damaged("an object is encrypted or compressed otherwise than any in its repository")
+        check_header(header, kind, encrypted=self.encrypted)
         return self.cipher_like(header, kind, name)
 
     def cipher_like(self, header: bytes, purpose: bytes, name: str = "") -> BlockCipher:
@@ -165,6 +158,21 @@ class Sealer:
         except Damaged as error:
             raise Damaged(f"{name}: {error}") from None
         return data[12 : 12 + ATTEMPT_BYTES], payload
+
+
+def check_header(header: bytes | memoryview, kind: bytes, *, encrypted: bool) -> None:
+    """See that this is the clear header of an object of a kind, in a repository with or without encryption.
+
+    :raises Damaged: if it is not
+    """
+    if len(header) < HEADER_BYTES or header[:8] != MAGIC:
+        raise Damaged("not an object of a coffret repository")
+    if header[8] != FORMAT_VERSION:
+        raise Damaged(f"an object says that it has format version {header[8]}, unlike its repository")
+    if header[9:10] != kind:
+        raise Damaged("an object is of another kind than its name says")
+    if header[10] != (WRAPPED_BY_DATA_KEY if encrypted else CLEAR) or header[11] not in (RAW, ZSTD):
+        raise Damaged("an object is encrypted or compressed otherwise than any in its repository")
 
 
 def kind_of(data: bytes) -> bytes:

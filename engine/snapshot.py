@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+import pwd
+import re
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,12 +20,14 @@ from coffret.engine.objects import MAX_SNAPSHOT_BYTES, REMOVED, SNAPSHOTS, batch
 from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coffret.connectors.base import Connector, ObjectInfo
-    from coffret.engine.records import SourceFault
     from coffret.engine.sealing import Sealer
     from coffret.engine.storecache import StoreCache
 
 SHORT_ID_DIGITS = 8
+_REMOVAL = re.compile("removed/([0-9a-f]{32})-[0-9a-f]{32}")
 # Headers are fetched this many at a time.
 _AT_ONCE = 16
 
@@ -37,7 +42,7 @@ class NoSuchSnapshot(CoffretError):
 class Snapshot:
     """A committed snapshot: its header and the attempt that committed it.
 
-    In a listing the header is without its faults, which may be many: `load_faults` has them.
+    In a listing the header is without its faults, which may be many: `load_whole` has them.
     """
 
     attempt: bytes
@@ -60,7 +65,8 @@ class Commits:
 
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
     writer that relies on it says it anew. `doubtful`: the names of damaged objects that may be a later snapshot than
-    all others.
+    all others. `attempts`: all that committed a snapshot, by its id, without those that were removed: several hosts can
+    have copied one. `removed`: ids (hexadecimal) of snapshots that were removed and are not there.
     """
 
     snapshots: list[Snapshot]
@@ -68,6 +74,8 @@ class Commits:
     revoked: frozenset[str]
     damaged: list[tuple[str, str]]
     doubtful: tuple[str, ...] = ()
+    attempts: Mapping[bytes, tuple[bytes, ...]] = field(default_factory=dict)
+    removed: frozenset[str] = frozenset()
 
 
 def snapshot_name(attempt: bytes) -> str:
@@ -75,10 +83,20 @@ def snapshot_name(attempt: bytes) -> str:
     return f"snapshots/{attempt.hex()}"
 
 
+def removal_name(snapshot_id: bytes, attempt: bytes) -> str:
+    """The object name of the removal of a snapshot that an attempt committed."""
+    return f"removed/{snapshot_id.hex()}-{attempt.hex()}"
+
+
 def seal_snapshot(sealer: Sealer, snapshot: Snapshot) -> bytes:
     """The commit object of a snapshot's attempt."""
     name = snapshot_name(snapshot.attempt)
     return sealer.seal(sealing.SNAPSHOT, name, snapshot.attempt, encode(snapshot.header))
+
+
+def seal_end(sealer: Sealer, attempt: bytes, end: End) -> bytes:
+    """The object of an attempt that has put its own end, which is no snapshot."""
+    return sealer.seal(sealing.END, snapshot_name(attempt), attempt, encode(end))
 
 
 def open_snapshot(sealer: Sealer, name: str, data: bytes) -> Snapshot:
@@ -123,8 +141,9 @@ async def load_commits(
     infos, removals = listed or await together(
         partial(list_objects, connector, SNAPSHOTS), partial(list_objects, connector, REMOVED)
     )
-    removed = {info.name[len(REMOVED) :] for info in removals}
+    removed = {info.name for info in removals}
     found: dict[bytes, Snapshot] = {}
+    attempts: dict[bytes, tuple[bytes, ...]] = {}
     revoked: set[str] = set()
     damaged: list[tuple[str, str]] = []
     known: dict[str, bytes] = {}
@@ -132,19 +151,21 @@ async def load_commits(
     async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
         name = info.name
         try:
-            if (data := known.get(name)) is None or len(data) != info.size_bytes:
+            snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
+            if snapshot is None:
                 data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
-            if sealing.kind_of(data) == sealing.END:
-                if open_end(sealer, name, data).outcome == "revoked":
+                snapshot = _open(sealer, name, data)
+            if isinstance(snapshot, End):
+                if snapshot.outcome == "revoked":
                     revoked.add(name.partition("/")[2])
                 return
-            snapshot = open_snapshot(sealer, name, data)
         except NotFound:
             return
         except Damaged as error:
             damaged.append((name, str(error)))
             return
-        if f"{snapshot.id}-{snapshot.attempt.hex()}" not in removed:
+        if removal_name(snapshot.header.snapshot_id, snapshot.attempt) not in removed:
+            attempts[snapshot.header.snapshot_id] = (*attempts.get(snapshot.header.snapshot_id, ()), snapshot.attempt)
             other = found.get(snapshot.header.snapshot_id)
             if other is None or snapshot.attempt < other.attempt:
                 light = msgspec.structs.replace(snapshot.header, faults=[])
@@ -162,7 +183,24 @@ async def load_commits(
     bad = {name for name, _ in damaged}
     committed = frozenset(info.name.partition("/")[2] for info in infos if info.name not in bad)
     doubtful = _not_older(infos, snapshots, bad)
-    return Commits(snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful)
+    gone = {match[1] for match in map(_REMOVAL.fullmatch, removed) if match} - {snapshot.id for snapshot in snapshots}
+    return Commits(
+        snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, attempts, frozenset(gone)
+    )
+
+
+def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:
+    return open_end(sealer, name, data) if sealing.kind_of(data) == sealing.END else open_snapshot(sealer, name, data)
+
+
+def _open_kept(sealer: Sealer, name: str, data: bytes | None, size_bytes: int) -> Snapshot | End | None:
+    """What is kept locally, if it is what the repository has: damage to it is no damage to that."""
+    if data is None or len(data) != size_bytes:
+        return None
+    try:
+        return _open(sealer, name, data)
+    except Damaged:
+        return None
 
 
 def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str]) -> tuple[str, ...]:
@@ -172,14 +210,22 @@ def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str
     return tuple(sorted(name for name in bad if times[name] >= latest_s))
 
 
-async def load_faults(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> list[SourceFault]:
-    """What could not be backed up as it should when a snapshot was made.
+async def load_whole(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> Snapshot:
+    """A listed snapshot with its faults: what could not be backed up as it should when it was made.
 
     :raises Damaged: if the snapshot's object is not what was stored
     :raises NotFound: if it is gone
     """
     info = await connector.stat(snapshot_name(snapshot.attempt))
-    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES)).header.faults
+    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES))
+
+
+def current_user() -> str:
+    """The name of the user who runs this, or the number if there is no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def find_snapshot(commits: Commits, text: str) -> Snapshot:
@@ -200,7 +246,8 @@ def find_snapshot(commits: Commits, text: str) -> Snapshot:
         return snapshots[-1]
     found = [snapshot for snapshot in snapshots if text and snapshot.id.startswith(text.lower())]
     if not found:
-        raise NoSuchSnapshot(f"no snapshot {text!r}")
+        gone = [snapshot_id for snapshot_id in commits.removed if text and snapshot_id.startswith(text.lower())]
+        raise NoSuchSnapshot(f"no snapshot {text!r}" + (": it was removed" if len(gone) == 1 else ""))
     if len(found) > 1:
         raise NoSuchSnapshot(
             f"{text!r} means {len(found)} snapshots: {', '.join(snapshot.short_id for snapshot in found[:8])}",

@@ -2,6 +2,7 @@
 
     <state folder>/pins/<hash of the location>.json
         {"location": …, "accepted": [[repository id, encryption, config hash]], "slot": the slot that opened it last}
+    <state folder>/pins/<hash of location and repository id>.seen    the snapshots that were there: `engine/seen.py`
 
 A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
 files are this user's alone, replaced whole and durably, and changed under a lock that all processes of the user share.
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+#: The folders below the state folder, by what their files are about.
+KINDS = ("pins", "seen", "server")
 _MAX_FILE_BYTES = 1 << 20
 _ACCEPT = "if that is intended, accept it with --expect-id {}; otherwise do not trust this storage"
 
@@ -79,10 +82,10 @@ def check(
     found = Pin(repository_id, encrypted, config_hash.hex())
     check_expected(location, repository_id, expect_id)
     try:
-        path = _path(location, folder)
+        path = file_of(location, "pins", folder)
         if _decide(location, _read(path).accepted, found, expect_id) or not pin:
             return ""
-        with _locked(path.parent):
+        with locked(path.parent):
             # Decided anew: another process may have met another repository here meanwhile.
             known = _read(path)
             if not _decide(location, known.accepted, found, expect_id):
@@ -125,7 +128,7 @@ def remember(
 def likely_slot(location: str, folder: Path | None = None) -> str:
     """The id of the key slot that opened the repository at a location last, as a hint; "" if none is known."""
     try:
-        return _read(_path(location, folder)).slot
+        return _read(file_of(location, "pins", folder)).slot
     except (CoffretError, OSError):
         return ""
 
@@ -133,10 +136,10 @@ def likely_slot(location: str, folder: Path | None = None) -> str:
 def remember_slot(location: str, slot: str, folder: Path | None = None) -> None:
     """Keep for `likely_slot`, if it can be, which key slot has opened the repository that is known at a location."""
     with contextlib.suppress(CoffretError, OSError):
-        path = _path(location, folder)
+        path = file_of(location, "pins", folder)
         if _read(path).slot == slot:
             return
-        with _locked(path.parent):
+        with locked(path.parent):
             if (known := _read(path)).accepted:
                 _write(path, msgspec.structs.replace(known, slot=slot))
 
@@ -164,12 +167,21 @@ def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | Non
     return False
 
 
-def _path(location: str, folder: Path | None) -> Path:
+def file_of(location: str, kind: str, folder: Path | None = None) -> Path:
+    """The file of a kind that belongs to a repository's location; `folder` replaces the user's state folder.
+
+    :raises FileNotFoundError: if the user has none
+    """
     name = blake3(location.encode("utf-8", "surrogateescape")).hexdigest(length=16)
     folder = folder or state_folder()
     if not folder.is_absolute():  # a literal "~"
         raise FileNotFoundError(errno.ENOENT, "this user has no home directory", str(folder))
-    return folder / "pins" / f"{name}.json"
+    return folder / kind / f"{name}.json"
+
+
+def _write(path: Path, content: _Location) -> None:
+    """Replace a pins file. Call under the lock."""
+    replace_durably(path, msgspec.json.encode(content) + b"\n")
 
 
 def _read(path: Path) -> _Location:
@@ -195,8 +207,8 @@ def _read(path: Path) -> _Location:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads from changing pins."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads from changing what lies in a folder, which is made if need be."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -206,12 +218,12 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(path: Path, content: _Location) -> None:
-    """Replace a pins file, durably: whole or not at all. Call under the lock."""
+def replace_durably(path: Path, content: bytes) -> None:
+    """Replace a file of this user's alone, durably: whole or not at all. Call under the lock of its folder."""
     fresh = path.with_suffix(".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(content) + b"\n")
+        file.write(content)
         file.flush()
         os.fsync(descriptor)
     fresh.replace(path)

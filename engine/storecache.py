@@ -121,7 +121,7 @@ class StoreCache:
         connection = self._open()
         connection.execute("begin immediate")
         try:
-            connection.executemany("insert or ignore into items values (?, ?, ?, ?)", rows)
+            connection.executemany("insert or replace into items values (?, ?, ?, ?)", rows)
             excess = self._size_bytes(connection) - self._max_bytes
             if excess > 0:
                 self._drop(connection, excess)

@@ -7,12 +7,15 @@ units, as disks are sold.
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from decimal import Decimal
 
 from coffret.engine.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGTPE])(I?B)?|B)?", re.ASCII | re.IGNORECASE)
 _PREFIXES = "KMGTPE"
+_AGO = re.compile(r"(\d+)([smhdw])(?: ago)?", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 _DECIMAL = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -28,6 +31,21 @@ def parse_size(text: str) -> int:
     power = _PREFIXES.index(prefix.upper()) + 1 if prefix else 0
     base = 1000 if unit and unit.upper() == "B" else 1024
     return int(Decimal(number) * base**power)
+
+
+def parse_moment(text: str, now_ns: int) -> int:
+    """A moment in ns since 1970, UTC: a date or time in ISO 8601 (local, unless it names its zone), or `30d` ago.
+
+    :raises UsageError: if it is none
+    """
+    if found := _AGO.fullmatch(text.strip()):
+        return now_ns - int(found[1]) * _SECONDS[found[2]] * 1_000_000_000
+    try:
+        return int(datetime.fromisoformat(text.strip()).timestamp()) * 1_000_000_000
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"not a time: {text!r}", remedy="write it as in 2026-11-22, 2026-11-22T21:38 or 30d (30 days ago)"
+        ) from None
 
 
 def format_size(size_bytes: int) -> str:

@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -28,9 +29,10 @@ from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 PASSPHRASE = "a passphrase to be found nowhere"
+# For repositories in memory: no folder in which it is remembered what snapshots were there.
+NOTHING_SEEN = OpenOptions(state_dir=Path("nowhere"))
 CHEAP = Cost(memory_kib=32, passes=1, lanes=1)
 # Longer campaigns: COFFRET_TEST_ROUNDS=20 multiplies what is random, COFFRET_TEST_SEED moves it.
 ROUNDS = int(os.environ.get("COFFRET_TEST_ROUNDS", "1"))
@@ -161,6 +163,12 @@ def replace_tree(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     if source.exists():
         shutil.copytree(source, target, copy_function=os.link)
+
+
+def forget_seen(home: Path) -> None:
+    """Let this user have seen no snapshots: where a repository is put back as it was, that is no rollback."""
+    for path in (home / "state").rglob("*.seen"):
+        path.unlink()
 
 
 def put_in_place(path: Path, data: bytes) -> None:

@@ -158,7 +158,7 @@ class TestGatherer:
         """A block of a slab's own chunks points into the slab: sealing reads it from there."""
         gatherer, slabs = Gatherer(meta=False), Slabs()
         run = run_of([chunk(n, 20) for n in range(6)], slabs)
-        assert run.slab is not None
+        assert isinstance(run.slab, Slab)
         [block] = gatherer.add(run, [True, True, True, False, True, True])
         assert [len(part) for part in block.parts] == [60, 40]
         assert all(part.obj is run.slab.view.obj for part in block.parts if isinstance(part, memoryview))

@@ -29,8 +29,9 @@ from coffret.engine.records import (
     iter_refs,
     pack_ref,
 )
+from coffret.engine.removal import open_removal, seal_removal
 from coffret.engine.sealing import Sealer, Secrets
-from coffret.engine.snapshot import open_end, open_snapshot
+from coffret.engine.snapshot import open_end, open_snapshot, removal_name
 
 VECTORS = oracle.vectors()
 KEYS = VECTORS["slot"]
@@ -261,6 +262,17 @@ def test_mark() -> None:
     vector = VECTORS["mark"]
     _, payload = SEALER.open(sealing.MARK, vector["name"], vector["stored"])
     assert decode_mark(payload).packs == opened("mark")["packs"] == b"".join(map(bytes.fromhex, vector["packs"]))
+
+
+def test_removal_of_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector, stored = VECTORS["removed"], VECTORS["removed"]["stored"]
+    assert opened("removed") == {name: vector[name] for name in ("host", "user", "time_ns")}
+    removal = open_removal(SEALER, vector["name"], stored)
+    assert (removal.host, removal.user, removal.time_ns) == (vector["host"], vector["user"], vector["time_ns"])
+    committed = open_snapshot(SEALER, VECTORS["snapshot"]["name"], VECTORS["snapshot"]["stored"])
+    assert removal_name(committed.header.snapshot_id, committed.attempt) == vector["name"]
+    monkeypatch.setattr("os.urandom", lambda length: stored[32:64])
+    assert seal_removal(SEALER, vector["name"], stored[12:28], removal) == stored
 
 
 def test_limits() -> None:

@@ -142,7 +142,7 @@ def test_backup(program: Program, command: str) -> None:
     source = os.fsencode(program.home / "source")
     (program.home / "source" / "plain").write_text(f"plain {command}")
     outcome = program(command, "--json", "-v", source, source + b"/" + ODD)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of backup")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of backup")
     items = [message for message in messages if message["message_type"] == "item"]
     assert {item["status"] for item in items} <= {"new", "changed", "unmodified"}
     summary = messages[-1]
@@ -241,7 +241,7 @@ def test_ls_snapshot(program: Program) -> None:
 @pytest.mark.parametrize("how", [[], ["--fast"], ["--packs"], ["latest"], ["-v"], ["-v", "latest"]])
 def test_check(program: Program, how: list[str]) -> None:
     outcome = program("check", "--json", *how)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of check")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of check")
     assert messages[-1]["clean"] is True
     assert ("-v" in how) == bool(outcome.of_type("item"))
 
@@ -271,7 +271,7 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     place = os.fsencode(tmp_path) + b"/to \xff"
     snapshot = program("ls", "--json").messages[0]["snapshot_id"]
     outcome = program("restore", "--json", "-v", "-to", place, snapshot)
-    messages = validate_all(outcome, "item of backup, check and restore", "summary of restore")
+    messages = validate_all(outcome, "item of backup, check, restore and clone", "summary of restore")
     source = os.fsencode(program.home / "source")
     paths = {path_of(item) for item in outcome.of_type("item")}
     assert paths >= {source, source + b"/plain", source + b"/" + ODD + b"/file"}
@@ -281,6 +281,41 @@ def test_restore(program: Program, tmp_path: Path) -> None:
     summary = validate_all(again, summary="summary of restore")[-1]
     assert summary["files"] == 0
     assert summary["kept"] >= 4
+
+
+def test_rm(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    ids = [program.backup(tmp_path / "source")["snapshot_id"] for _ in range(3)]
+    for dry in (["--dry-run"], []):
+        messages = validate_all(program("rm", "--json", *dry, *ids[:2], ids[0]), "item of ls", "summary of rm")
+        assert [message["snapshot_id"] for message in messages[:-1]] == messages[-1]["snapshot_ids"] == ids[:2]
+        assert (messages[-1]["removed"], messages[-1]["dry_run"]) == (2, bool(dry))
+    outcome = program("rm", "--json", *ids[1:])
+    assert validate_all(outcome, "item of ls", "summary of rm")[-1]["removed_before"] == [ids[1]]
+    assert program("ls", "--json").summary["snapshots"] == 0
+
+
+def test_prune(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    ids = [program.backup(tmp_path / "source", "--tag", "kept")["snapshot_id"] for _ in range(3)]
+    for dry in (["--dry-run"], []):
+        *items, summary = program("prune", "--json", "--keep-last", "2", *dry).messages
+        for item in items:
+            validate(item, "item of ls", "item of prune", common={"message_type": "string"})
+        assert [(item["snapshot_id"], item["keep"]) for item in items] == [
+            (ids[2], True),
+            (ids[1], True),
+            (ids[0], False),
+        ]
+        assert [item["reasons"] for item in items] == [["last snapshot"], ["last snapshot"], []]
+        common = {"message_type": "string", "schema_version": "integer", "command": "string", "storage": "object"}
+        validate(summary, "summary of prune", common=common)
+        assert (summary["snapshot_ids"], summary["kept"], summary["dry_run"]) == (ids[:1], 2, bool(dry))
+    assert program("ls", "--json").summary["snapshots"] == 2
 
 
 def test_info(program: Program) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from tests.fault_harness import contents, make_source
+from tests.fault_harness import NOTHING_SEEN, contents, make_source
 
 from coffret.connectors.errors import ConnectionLost
 from coffret.connectors.faults import FaultyConnector
@@ -17,7 +17,7 @@ from coffret.engine.mirror import Mirror
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import Mark, encode
-from coffret.engine.repository import OpenOptions, Repository
+from coffret.engine.repository import Repository
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,7 +39,7 @@ class Storage:
         config = configuration.new_config(secrets)
         data = configuration.config_bytes(config)
         self.opened = Repository(
-            self.connector, data, secrets, mirror, slot_id="", options=OpenOptions(), notes=[], writing=True
+            self.connector, data, secrets, mirror, slot_id="", options=NOTHING_SEEN, notes=[], writing=True
         )
 
     async def names(self, prefix: str) -> list[str]:

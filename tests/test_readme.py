@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests import terminal
+from tests.connectors import s3_server, sshd
 from tests.harness import ROOT, Program, interpreter
 
 if TYPE_CHECKING:
@@ -125,6 +126,45 @@ def test_every_day(tmp_path: Path) -> None:
     assert len(listed.stdout.splitlines()) == block.count("coffret backup")
 
 
+def test_three_copies(tmp_path: Path) -> None:
+    """The five commands of the section on copies, with servers of the tests in the places of those named."""
+    [block] = [block for block in blocks("README.md", "sh") if "sync to" in block]
+    assert len(block.splitlines()) == 5
+    ssh, s3 = sshd.shared_server(chroot=False), s3_server.shared_server(tls=True)
+    user, password = s3_server.CREDENTIALS
+    environment = {"S3_REPOSITORY_USER": user, "S3_REPOSITORY_PASSWORD": password, "HOME": str(ssh.home.path)}
+    passphrases = {"COFFRET_PASSPHRASE": "correct horse", "COFFRET_PEER_PASSPHRASE": "correct horse"}
+    program = Program(tmp_path, environment={**environment, **passphrases})
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
+    fresh = os.urandom(8).hex()
+    places = {
+        "/var/backups": str(tmp_path / "backups"),
+        "/etc": str(tmp_path / "etc"),
+        "sftp://backup@nas.example/srv/backups": f"sftp://{ssh.user}@127.0.0.1:{ssh.port}{ssh.root}/data/{fresh}",
+        "s3://s3.example/bucket/prefix": f"s3://127.0.0.1:{s3.port}/test-{fresh}/prefix?ca={s3.ca}",
+    }
+    program("at", places["/var/backups"], "create")
+    for line in block.splitlines():
+        program(*(places.get(word, word) for word in shlex.split(line)[1:]))
+    listed = [program("at", place, "ls").stdout for place in places.values() if place != places["/etc"]]
+    assert len(set(listed)) == 1 and listed[0]
+
+
+def test_removing_old_snapshots(tmp_path: Path) -> None:
+    """The commands of that block run as they stand, in a repository with some snapshots."""
+    [block] = [block for block in blocks("README.md", "sh") if "coffret rm" in block]
+    program = Program(tmp_path)
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    for _ in range(3):
+        program.backup(tmp_path / "source")
+    for line in block.splitlines():
+        program(*shlex.split(line, comments=True)[1:])
+    assert program("ls", "--json").summary["snapshots"] < 3
+    program("check")
+
+
 def test_library_example(tmp_path: Path) -> None:
     [example] = blocks("README.md", "python")
     (tmp_path / "ssh").mkdir()
@@ -159,7 +199,7 @@ def test_files_that_are_named() -> None:
         assert compiled <= named[name], name
     parts = {
         path.relative_to(ROOT).as_posix()
-        for stem in ("restore_*", "check_*")
+        for stem in ("restore_*", "check_*", "sync_*")
         for path in (ROOT / "engine").glob(f"{stem}.py")
     }
     assert parts <= named["docs/architecture.md"]

@@ -162,7 +162,7 @@ def test_no_upload_in_clear_where_nothing_can_be_remembered(unwritable: Path) ->
 
 def test_known_where_nothing_more_can_be_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state.check(HERE, ONE, False, HASH, folder=folder)
-    monkeypatch.delattr(state, "_locked")
+    monkeypatch.delattr(state, "locked")
     assert state.check(HERE, ONE, False, HASH, writing=True, folder=folder) == ""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import socket
 import time
 from dataclasses import dataclass, field, fields, replace
@@ -28,7 +27,7 @@ from coffret.engine.progress import Progress
 from coffret.engine.recheck import Recheck
 from coffret.engine.records import ID_BYTES, Counts, SnapshotHeader, SourceFault
 from coffret.engine.scan import Roots, Scanner, ScanOptions
-from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot
+from coffret.engine.snapshot import SHORT_ID_DIGITS, Snapshot, current_user
 from coffret.engine.stream import StreamSource
 
 if TYPE_CHECKING:
@@ -137,6 +136,7 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
                 group.start_soon(work.attempt.keep)
             await work.attempt.begin(audit=options.force)
             work.tell()
+            await work.watch()
             await work.run(group)
             return await work.commit()
         except BaseException:
@@ -196,6 +196,11 @@ class _Backup:
         for name in self.attempt.commits.doubtful:
             self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
 
+    async def watch(self) -> None:
+        """See whether snapshots are gone that were seen before. A backup goes on: what it makes is one more."""
+        if warning := await self._repository.watch(self.attempt.commits):
+            self._progress.note(warning)
+
     async def run(self, group: TaskGroup) -> None:
         """Store everything, and make the index durable: what is left is the commit. `group`: for its helpers."""
         repository, options = self._repository, self._options
@@ -251,6 +256,7 @@ class _Backup:
                 await self.attempt.commit(snapshot)
             except LeaseLost as lost:
                 snapshot = await self._commit_anew(snapshot.header, lost)
+            await self._repository.saw(snapshot)
             # All that it names was stored, located or looked up; without the note the next run looks it up again.
             with contextlib.suppress(CoffretError):
                 await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
@@ -320,7 +326,7 @@ class _Backup:
             time_ns=self._begin_ns,
             duration_ns=time.perf_counter_ns() - self._clock_ns,
             host=self._host,
-            user=_user(),
+            user=current_user(),
             roots=self._paths,
             catalog=root,
             depth=depth,
@@ -372,10 +378,3 @@ def find_parent(snapshots: Sequence[Snapshot], host: str, roots: Sequence[bytes]
         if snapshot.header.host == host and snapshot.header.roots == list(roots):
             return snapshot
     return None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())

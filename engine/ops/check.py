@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector
     from coffret.engine.catalog import Key
+    from coffret.engine.check_subset import Subset
     from coffret.engine.mirror import Mirror
     from coffret.engine.records import Entry, PageRef
     from coffret.engine.repository import Repository
@@ -54,10 +55,12 @@ _ENTRIES = 512
 class CheckOptions:
     """How deep to look. `fast`: index, catalogs, existence and size of packs; nothing of packs' content.
 
-    `workers`: how many processes verify packs; None for the number that was measured best.
+    `subset`: the packs whose content is looked at; None for all. `workers`: how many processes verify packs; None for
+    the number that was measured best.
     """
 
     fast: bool = False
+    subset: Subset | None = None
     workers: int | None = None
 
 
@@ -69,20 +72,20 @@ async def check(
     :raises UsageError: if there is no such path
     :raises CoffretError, ConnectorError: if the storage can't be asked, possibly in an ExceptionGroup
     """
-    work = _Check(repository, options, progress)
+    work = Checking(repository, options, progress)
     try:
         await _check(repository, work, targets, progress)
     finally:
         # The next backup stores again what lies in damaged packs alone.
-        bad = work.damage.packs
-        whole = frozenset() if options.fast else frozenset(work.packs.seen - bad)
+        bad, whole = work.damage.packs, work.packs.whole
         if bad or not whole.isdisjoint(repository.mirror.bad_packs):
             await repository.mirror.judge(bad, whole)
     return work.damage.summary
 
 
-async def _check(repository: Repository, work: _Check, targets: Targets | None, progress: Progress) -> None:
+async def _check(repository: Repository, work: Checking, targets: Targets | None, progress: Progress) -> None:
     commits = await repository.commits()
+    work.damage.summary.missing_snapshots += [*repository.rollback.gone, *repository.rollback.back]
     if targets is None:
         targets = [(snapshot, None) for snapshot in commits.snapshots]
         await check_objects(repository, work.damage, progress)
@@ -106,13 +109,20 @@ async def _check(repository: Repository, work: _Check, targets: Targets | None, 
     await work.snapshots(targets)
 
 
-async def check_packs(connector: Connector, progress: Progress) -> CheckSummary:
-    """Verify the checksums of all packs by their names: needs no passphrase, finds any altered byte."""
+async def check_packs(connector: Connector, progress: Progress, subset: Subset | None = None) -> CheckSummary:
+    """Verify the checksums of all packs, or of a subset, by their names.
+
+    Needs no passphrase, and finds any altered byte.
+    """
     summary = CheckSummary()
     packs = await list_objects(connector, "packs/")
+    if subset is not None:
+        chosen = subset.choose({info.name: info.size_bytes for info in packs})
+        packs = [info for info in packs if info.name in chosen]
     progress.phase, progress.size_total = "packs", sum(info.size_bytes for info in packs)
     for info in packs:
         summary.packs += 1
+        summary.packs_read += 1
         summary.size_bytes += info.size_bytes
         progress.size_bytes += info.size_bytes
         try:
@@ -130,7 +140,9 @@ def _digest(data: bytes) -> bytes:
     return blake3(data).digest()
 
 
-class _Check:
+class Checking:
+    """A check at work; what it finds adds up in `damage`."""
+
     def __init__(
         self,
         repository: Repository,
@@ -143,18 +155,24 @@ class _Check:
         # Of packs, and of catalogs meanwhile.
         self._gets = gets or anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
         self.packs = PackCheck(
-            repository, self.damage, progress, fast=options.fast, workers=options.workers, gets=self._gets
+            repository,
+            self.damage,
+            progress,
+            fast=options.fast,
+            subset=options.subset,
+            workers=options.workers,
+            gets=self._gets,
         )
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
-        self._look(repository.mirror)
+        self.look(repository.mirror)
 
     async def packs_and_files(self, targets: Targets) -> CheckSummary | None:
         """Verify all packs, and meanwhile in silence the files of snapshots as if no pack were damaged.
 
         Returns what was found of the files if that is how it is; else they are to be verified anew, and to be told of.
         """
-        ahead = _Check(self._repository, self._options, Progress(), self._gets)
+        ahead = Checking(self._repository, self._options, Progress(), self._gets)
         well = False
 
         async def walk() -> None:
@@ -191,7 +209,7 @@ class _Check:
         progress.phase, progress.files, progress.files_total = "files", found.files, found.files
         summary.snapshots, summary.files = found.snapshots, found.files
 
-    def _look(self, mirror: Mirror) -> None:
+    def look(self, mirror: Mirror) -> None:
         """Go by this view of the index."""
         repository = self._repository
         self._mirror = mirror
@@ -217,7 +235,7 @@ class _Check:
         wanted = await self._needed(targets)
         await self.packs.run(wanted)
         while self.damage.packs or self.damage.index:
-            self._look(await self.packs.view())
+            self.look(await self.packs.view())
             wanted = await self._needed(targets)
             if wanted <= self.packs.seen:
                 return
@@ -245,7 +263,7 @@ class _Check:
 
     async def snapshots(self, targets: Targets) -> None:
         """Verify that every file of snapshots has all its chunks, whole, by what is in the repository now."""
-        self._look(await self.packs.view())
+        self.look(await self.packs.view())
         for snapshot, path in targets:
             await self._snapshot(snapshot, path or b"")
 
@@ -299,11 +317,18 @@ class _Check:
                     self._known_pages.popitem(last=False)
 
     async def _entries(self, snapshot: Snapshot, catalog: Catalog, entries: list[tuple[bytes, Entry]]) -> None:
-        """Verify entries, each given with its directory: all their chunks are there, whole, and as long as the file."""
-        refs = [list(iter_refs(entry.content)) if _inline(entry) else [] for _, entry in entries]
+        """Verify entries, each given with its directory, and tell of them."""
+        reasons = await self.reasons(catalog, [entry for _, entry in entries])
+        for (directory, entry), reason in zip(entries, reasons, strict=True):
+            self._tell(snapshot, directory, entry, reason)
+
+    async def reasons(self, catalog: Catalog, entries: Sequence[Entry]) -> list[str]:
+        """Why each entry is not whole, or "": all its chunks are there, whole, and as long as the file."""
+        refs = [list(iter_refs(entry.content)) if _inline(entry) else [] for entry in entries]
         ids = [chunk_id for found in refs for chunk_id, _ in found]
         locations = iter(await self._mirror.locate(ids, avoid=self.damage.packs))
-        for (directory, entry), found in zip(entries, refs, strict=True):
+        reasons = []
+        for entry, found in zip(entries, refs, strict=True):
             reason, total = "", 0
             for chunk_id, length in found:
                 total += length
@@ -314,7 +339,8 @@ class _Check:
                 reason = reason or await self._rest(catalog, entry, total)
             elif total != entry.size and stat.S_ISREG(entry.mode):
                 reason = reason or "its chunks are not those of a file of its size"
-            self._tell(snapshot, directory, entry, reason)
+            reasons.append(reason)
+        return reasons
 
     async def _elsewhere(self, chunk_id: bytes, length: int) -> str:
         """Why a chunk can't be had, or "": it must be whole in one place, whichever."""

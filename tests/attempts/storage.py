@@ -7,7 +7,7 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from tests.fault_harness import contents
+from tests.fault_harness import NOTHING_SEEN, contents
 
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine import configuration, keys, sealing
@@ -15,7 +15,7 @@ from coffret.engine.mirror import Mirror
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import End, encode
-from coffret.engine.repository import OpenOptions, Repository
+from coffret.engine.repository import Repository
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ class Storage:
         mirrors.append(mirror)
         data = configuration.config_bytes(self.config)
         inner = connector or self.memory
-        return Repository(inner, data, self.secrets, mirror, slot_id="", options=OpenOptions(), notes=[], writing=True)
+        return Repository(inner, data, self.secrets, mirror, slot_id="", options=NOTHING_SEEN, notes=[], writing=True)
 
     async def names(self, prefix: str) -> list[str]:
         return [info.name async for info in self.memory.list(prefix)]

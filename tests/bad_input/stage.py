@@ -12,7 +12,7 @@ from tests.fault_harness import PASSPHRASE, Here, contents, make_source, replace
 
 from coffret.engine import sealing
 from coffret.engine.attempt import Lease
-from coffret.engine.records import Mark, encode
+from coffret.engine.records import Mark, Removal, encode
 from coffret.engine.repository import OpenOptions, open_repository
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def put_rare_objects(run: Here) -> None:
     bodies = {
         f"leases/{attempt.hex()}": (sealing.LEASE, encode(Lease("elsewhere", 1, "backup", 1))),
         "trash/1": (sealing.MARK, encode(Mark(os.urandom(64)))),
-        f"removed/{os.urandom(16).hex()}-{attempt.hex()}": (sealing.REMOVED, encode({})),
+        f"removed/{os.urandom(16).hex()}-{attempt.hex()}": (sealing.REMOVED, encode(Removal("host", "me", 1))),
     }
 
     async def put() -> None:
@@ -63,7 +63,8 @@ class Stage:
         self.other = other.repository
 
     def reset(self) -> None:
-        """The repository as it was, and a cache that knows nothing."""
+        """The repository as it was, a cache that knows nothing, and a user who has seen nothing."""
+        fault_harness.forget_seen(self.home)
         replace_tree(self.kept, self.run.repository)
         shutil.rmtree(self.home / "cache", ignore_errors=True)
         shutil.rmtree(self.home / "target", ignore_errors=True)

@@ -76,6 +76,31 @@ class TestSeeds:
         assert (tmp_path / "named" / "config").exists()
 
 
+class TestRemoval:
+    def test_rm(self, tmp_path: Path) -> None:
+        program, source = Program(tmp_path), make_source(tmp_path)
+        program("create", "--no-encryption")
+        ids = [program.backup(source)["short_id"] for _ in range(3)]
+        shown = program("rm", "--dry-run", ids[0], ids[1]).stdout.splitlines()
+        assert [line.split()[1] for line in shown[:-1]] == ids[:2]
+        assert shown[-1] == "rm: would remove 2 snapshots"
+        # All of the arguments, or none: one is wrong.
+        for wrong, code in (("nosuch", 1), (f"{ids[0]}:{source}", 2)):
+            error = program("rm", ids[0], wrong, code=code).stderr
+            assert error.startswith("coffret: ")
+            assert len(error.splitlines()) == 1
+        assert program("rm", code=2).stderr.count("\n") == 1
+        assert program("ls", "--json").summary["snapshots"] == 3
+        assert program("rm", ids[0], "latest").stdout == "rm: removed 2 snapshots\n"
+        [left] = program("ls").stdout.splitlines()
+        assert left.split()[1] == ids[1]
+        outcome = program("rm", ids[0], ids[1])
+        assert outcome.stdout == "rm: removed 1 snapshot\n"
+        assert outcome.stderr == f"rm: note: snapshot {ids[0]} was removed before\n"
+        assert "was removed" in program("ls", ids[1], code=1).stderr
+        program("check")
+
+
 class TestExitCodes:
     def test_failed(self, program: Program) -> None:
         program("backup", "/no/such/path", code=1)

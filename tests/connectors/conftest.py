@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-_ELSEWHERE = ("/s3/", "/sftp/", "[uvloop-s3", "[uvloop-sftp", "[s3", "[sftp")
+_ELSEWHERE = ("/s3/", "/sftp/", "/http/", "[uvloop-s3", "[uvloop-sftp", "[uvloop-http", "[s3", "[sftp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

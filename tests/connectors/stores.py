@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.connectors import sshd
 from tests.connectors.s3_server import shared_server
+from tests.server.serving import Serving
 
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
@@ -199,7 +200,35 @@ class SFTPChrootStore(SFTPStore):
     chroot = True
 
 
+class HTTPStore(LocalStore):
+    """The connector to a server of a folder, by that folder."""
+
+    tls = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._server = Serving(folder, tls=self.tls).start()
+
+    def connector(self) -> Connector:
+        return self._server.connector()
+
+    def raw_names(self) -> set[str]:
+        """Without what the server has not finished: it may still be at a put that its client has given up."""
+        return {name for name in super().raw_names() if not name.startswith("tmp/")}
+
+    def remove(self) -> None:
+        self._server.stop()
+        assert super().raw_names() == self.raw_names()
+
+
+class HTTPTLSStore(HTTPStore):
+    """The same over TLS."""
+
+    tls = True
+
+
 # A new connector joins the suite here.
 STORES: list[type[Store]] = [
     MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore,
+    HTTPStore, HTTPTLSStore,
 ]  # fmt: skip

@@ -1,0 +1,169 @@
+"""Repair: have the index say again where everything lies; make of damaged snapshots others, of what is whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+
+from coffret.engine.errors import Damaged, LeaseLost, reported
+from coffret.engine.ops.check import Checking, CheckOptions
+from coffret.engine.repair_index import IndexRepair, IndexRepairOptions, IndexRepairSummary
+from coffret.engine.repair_snapshot import Repaired, SnapshotRepair
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coffret.engine.progress import Progress
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
+
+__all__ = [
+    "IndexRepairOptions",
+    "IndexRepairSummary",
+    "Repaired",
+    "SnapshotRepairOptions",
+    "SnapshotRepairSummary",
+    "repair_index",
+    "repair_snapshots",
+]
+
+# As a backup that is taken for dead, a repair tries again.
+_ATTEMPTS = 3
+
+
+async def repair_index(repository: Repository, options: IndexRepairOptions, progress: Progress) -> IndexRepairSummary:
+    """Name every pack that no index object names, going by what the packs say.
+
+    :raises LeaseLost: if maintenance ended the attempt again and again
+    :raises Damaged: if an open mark can't be read: then it is not known which packs are to be left alone
+    """
+    for tries_left in reversed(range(_ATTEMPTS)):
+        work = IndexRepair(repository, options, progress)
+        try:
+            await _try_index(work, options, progress)
+        except Exception as error:
+            _go_on(error, tries_left, progress)
+            progress.files = progress.errors = 0
+        else:
+            return work.summary
+        finally:
+            repository.forget_commits()
+    raise AssertionError("the last try returns or raises")
+
+
+async def _try_index(work: IndexRepair, options: IndexRepairOptions, progress: Progress) -> None:
+    async with anyio.create_task_group() as group:
+        try:
+            if not options.dry_run:
+                await work.attempt.announce()
+                group.start_soon(work.attempt.keep)
+            await work.run(group)
+            if not options.dry_run:
+                await work.commit()
+            await work.drop()
+        finally:
+            group.cancel_scope.cancel()
+            if note := await work.attempt.end():
+                progress.note(note)
+
+
+def _go_on(error: Exception, tries_left: int, progress: Progress) -> None:
+    """Raise an error that is to end the repair; of one that another attempt may not meet only tell."""
+    if not tries_left or not isinstance(reported(error), LeaseLost):
+        raise error
+    progress.note("another process ended this attempt; trying again")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRepairOptions:
+    """How deep to look. `fast`: go by the index, and by existence and size of packs, and read none.
+
+    `dry_run`: only tell what is lost. `workers`: how many processes verify packs; None for what was measured best.
+    """
+
+    fast: bool = False
+    dry_run: bool = False
+    workers: int | None = None
+
+
+@dataclass(slots=True)
+class SnapshotRepairSummary:
+    """What was found and done. `hopeless`: damaged snapshots of which nothing can be read, by id."""
+
+    snapshots: int = 0
+    damaged: list[Snapshot] = field(default_factory=list)
+    repaired: list[Repaired] = field(default_factory=list)
+    hopeless: list[str] = field(default_factory=list)
+
+
+async def repair_snapshots(
+    repository: Repository, snapshots: Sequence[Snapshot] | None, options: SnapshotRepairOptions, progress: Progress
+) -> SnapshotRepairSummary:
+    """Make of each damaged one of these snapshots, or of all, another of what is whole in it. None is removed.
+
+    :raises LeaseLost: if maintenance ended an attempt again and again
+    """
+    commits = await repository.commits()
+    targets = [(snapshot, None) for snapshot in (commits.snapshots if snapshots is None else snapshots)]
+    check = Checking(repository, CheckOptions(fast=options.fast, workers=options.workers), progress)
+    if snapshots is None:
+        await check.packs.run(None)
+    else:
+        await check.needed_packs(targets)
+    await check.snapshots(targets)
+    bad = set(check.damage.summary.damaged_snapshots)
+    summary = SnapshotRepairSummary(len(targets), [snapshot for snapshot, _ in targets if snapshot.id in bad])
+    for snapshot in [] if options.dry_run else summary.damaged:
+        if (before := _repaired_before(snapshot, commits.snapshots)) is not None and before.id not in bad:
+            progress.note(f"{snapshot.short_id} was repaired before: what is whole in it is in {before.short_id}")
+            continue
+        try:
+            repaired = await _repair(repository, snapshot, check, progress)
+        except Damaged as error:
+            progress.note(f"{snapshot.short_id} can't be repaired: {error}")
+            summary.hopeless.append(snapshot.id)
+            continue
+        if repaired is not None:
+            summary.repaired.append(repaired)
+    return summary
+
+
+def _repaired_before(damaged: Snapshot, snapshots: Sequence[Snapshot]) -> Snapshot | None:
+    """The snapshot that was made of this one."""
+    for other in snapshots:
+        header = other.header
+        if header.parent == damaged.header.snapshot_id and header.time_ns == damaged.header.time_ns + 1:
+            return other
+    return None
+
+
+async def _repair(repository: Repository, snapshot: Snapshot, check: Checking, progress: Progress) -> Repaired | None:
+    for tries_left in reversed(range(_ATTEMPTS)):
+        work = SnapshotRepair(repository, snapshot, check.damage, progress)
+        try:
+            return await _try_snapshot(work, check, progress)
+        except Exception as error:
+            if isinstance(cause := reported(error), Damaged):
+                raise cause from None
+            _go_on(error, tries_left, progress)
+        finally:
+            repository.forget_commits()
+    raise AssertionError("the last try returns or raises")
+
+
+async def _try_snapshot(work: SnapshotRepair, check: Checking, progress: Progress) -> Repaired | None:
+    async with anyio.create_task_group() as group:
+        try:
+            if not await work.begin(group):
+                progress.note(f"{work.damaged.short_id} was removed meanwhile")
+                return None
+            check.look(work.attempt.mirror)
+            work.reasons = check.reasons
+            return await work.commit(await work.run())
+        finally:
+            group.cancel_scope.cancel()
+            if note := await work.attempt.end():
+                progress.note(note)
+    raise AssertionError("a task group does not swallow what it did not cancel")

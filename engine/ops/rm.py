@@ -1,0 +1,51 @@
+"""Remove snapshots from the list. The space they took comes back with maintenance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coffret.engine.removal import put_removal, removal_here
+from coffret.engine.snapshot import find_snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Commits, Snapshot
+
+
+def resolve(commits: Commits, texts: Iterable[str]) -> tuple[list[Snapshot], list[str]]:
+    """The snapshots meant by ids, unique prefixes of ids, and `latest`; and the ids of those that are removed already.
+
+    A removal that was interrupted can so be repeated as it stands. Nothing is there twice.
+
+    :raises NoSuchSnapshot: if one text means no snapshot, or several
+    :raises Damaged: if `latest` may mean one that can't be read
+    """
+    found: dict[str, Snapshot] = {}
+    gone: set[str] = set()
+    for text in texts:
+        before = [each for each in commits.removed if each.startswith(text.lower())]
+        if len(before) == 1 and not any(snapshot.id.startswith(text.lower()) for snapshot in commits.snapshots):
+            gone.add(before[0])
+        else:
+            snapshot = find_snapshot(commits, text)
+            found[snapshot.id] = snapshot
+    return [*found.values()], sorted(gone)
+
+
+async def remove(repository: Repository, snapshots: Sequence[Snapshot]) -> None:
+    """Remove snapshots, each with all objects that hold it: hosts that sync at the same time leave several.
+
+    :raises ConnectorError: if the storage fails; those before are removed then
+    """
+    commits = await repository.commits()
+    removal = removal_here()
+    try:
+        for snapshot in snapshots:
+            for attempt in commits.attempts.get(snapshot.header.snapshot_id, ()):
+                await put_removal(
+                    repository.connector, repository.sealer, snapshot.header.snapshot_id, attempt, removal
+                )
+    finally:
+        repository.forget_commits()

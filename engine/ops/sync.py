@@ -1,0 +1,256 @@
+"""Sync: copy snapshots from one repository into another, whatever their keys; each is an attempt of its own there."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+
+from coffret.connectors.errors import NotFound
+from coffret.engine import settings
+from coffret.engine.attempt import Attempt
+from coffret.engine.errors import CoffretError, Damaged, LeaseLost, UsageError, reported
+from coffret.engine.index import IndexWriter
+from coffret.engine.known import KnownChunks
+from coffret.engine.pipeline import Limits
+from coffret.engine.records import ID_BYTES
+from coffret.engine.snapshot import Snapshot, load_whole
+from coffret.engine.sync_catalog import CatalogCopy
+from coffret.engine.sync_ids import SyncIds
+from coffret.engine.sync_move import Mover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from anyio.abc import TaskGroup
+
+    from coffret.engine.progress import Progress
+    from coffret.engine.repository import Repository
+    from coffret.engine.selection import Selection
+    from coffret.engine.snapshot import Commits
+
+# An attempt that was ended by another process is made anew this many times; see `ops.backup`.
+_ATTEMPTS = 3
+# What an interrupted run may take to save its work (s).
+_SALVAGE_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How to copy. `level`: zstd level for what has to be compressed, None for none; `repack`: compress all anew.
+
+    `on_copied` is called for each snapshot that was copied.
+    """
+
+    level: int | None = settings.COMPRESSION_LEVELS["default"]
+    repack: bool = False
+    limits: Limits = field(default_factory=Limits)
+    on_copied: Callable[[Snapshot], None] | None = None
+
+
+@dataclass(slots=True)
+class SyncSummary:
+    """What a sync did: the snapshots that the target has now, and those that are damaged in the source."""
+
+    copied: list[Snapshot] = field(default_factory=list)
+    damaged: list[Snapshot] = field(default_factory=list)
+    duration_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """Snapshots that a target lacks, by time; and those that were removed there, and are not to come back unasked."""
+
+    snapshots: list[Snapshot]
+    removed: list[Snapshot]
+
+
+def lacking(source: Commits, target: Commits, selection: Selection, *, both_ways: bool = False) -> Lacking:
+    """What a sync is to copy. What was removed from the target comes back only when it is named.
+
+    `both_ways`: a snapshot that is named need only be in one of the two.
+
+    :raises NoSuchSnapshot: if one that is named is none of the source's, or several
+    """
+    there = {snapshot.id for snapshot in target.snapshots}
+    missing = [snapshot for snapshot in selection.of(source, target if both_ways else None) if snapshot.id not in there]
+    removed = [each for each in missing if each.id in target.removed and not selection.names(each)]
+    return Lacking([each for each in missing if each not in removed], removed)
+
+
+def check_pair(source: Repository, target: Repository) -> None:
+    """See that one can be copied into the other.
+
+    :raises UsageError: if they are one and the same, or cut so differently that blocks of one do not fit the other
+    """
+    if source.connector.location == target.connector.location:
+        raise UsageError(f"{target.connector.location} is the repository itself", remedy="give another as the peer")
+    if source.config.chunker.max_bytes > target.config.chunker.max_bytes:
+        raise UsageError(
+            f"files in {source.connector.location} are cut into larger chunks than {target.connector.location} takes",
+            remedy="make the other one with `create --like` the first",
+        )
+
+
+async def sync(
+    source: Repository, target: Repository, snapshots: Sequence[Snapshot], options: SyncOptions, progress: Progress
+) -> SyncSummary:
+    """Copy snapshots, as the source lists them: same ids, times and metadata, sealed with the target's keys.
+
+    A snapshot that is damaged in the source is reported as a fault and left out; the rest goes on.
+
+    :raises UsageError: if the two can't be synced
+    :raises LeaseLost: if another process ended the attempt again and again
+    :raises CoffretError, ConnectorError: if a storage can't be used, possibly in an ExceptionGroup
+    """
+    check_pair(source, target)
+    summary, clock_ns = SyncSummary(), time.perf_counter_ns()
+    if snapshots:
+        await source.commits()  # and with that, where chunks lie
+        progress.phase = "sync"
+        progress.files_total = sum(snapshot.header.counts.files for snapshot in snapshots)
+        progress.size_total = sum(snapshot.header.counts.size_bytes for snapshot in snapshots)
+        async with SyncIds(source, target) as ids:
+            for snapshot in snapshots:
+                progress.subject = snapshot.short_id
+                await _sync_one(source, target, snapshot, ids, options, progress, summary)
+    summary.duration_ns = time.perf_counter_ns() - clock_ns
+    return summary
+
+
+async def _sync_one(
+    source: Repository,
+    target: Repository,
+    snapshot: Snapshot,
+    ids: SyncIds,
+    options: SyncOptions,
+    progress: Progress,
+    summary: SyncSummary,
+) -> None:
+    files, size_bytes = progress.files, progress.size_bytes
+    for tries_left in reversed(range(_ATTEMPTS)):
+        copy = _Copy(source, target, snapshot, ids, options, progress)
+        try:
+            snapshot = await _try(copy, progress)
+        except Exception as error:
+            cause = reported(error)
+            if isinstance(cause, LeaseLost) and tries_left:
+                progress.note("another process ended this attempt; trying again")
+                progress.files, progress.size_bytes = files, size_bytes
+                continue
+            if not isinstance(cause, Damaged) or not copy.reading:
+                raise
+            summary.damaged.append(snapshot)
+            progress.fault(snapshot.short_id.encode(), f"damaged in {source.connector.location}: {cause}")
+        else:
+            summary.copied.append(snapshot)
+            if options.on_copied is not None:
+                options.on_copied(snapshot)
+        return
+
+
+async def _try(copy: _Copy, progress: Progress) -> Snapshot:
+    async with anyio.create_task_group() as group:
+        try:
+            await copy.attempt.announce()
+            group.start_soon(copy.attempt.keep)
+            await copy.attempt.begin()
+            await copy.run(group)
+            return await copy.commit()
+        except BaseException:
+            await copy.salvage()
+            raise
+        finally:
+            group.cancel_scope.cancel()
+            if note := await copy.attempt.end():
+                progress.note(note)
+    raise AssertionError("a task group does not swallow what it did not cancel")
+
+
+class _Copy:
+    """One attempt to copy one snapshot: `attempt.begin`, `run`, `commit`, in this order."""
+
+    def __init__(
+        self,
+        source: Repository,
+        target: Repository,
+        snapshot: Snapshot,
+        ids: SyncIds,
+        options: SyncOptions,
+        progress: Progress,
+    ) -> None:
+        self._source, self._target, self._snapshot = source, target, snapshot
+        self._ids, self._options, self._progress = ids, options, progress
+        self.attempt = Attempt(target.connector, target.sealer, target.mirror, what="sync", kept=target.kept)
+        self._index: IndexWriter | None = None
+        #: Whether what is damaged now is the source, as far as that can be told.
+        self.reading = False
+
+    async def run(self, group: TaskGroup) -> None:
+        """Store all that the target lacks, and make the index durable. `group`: for its helpers."""
+        target, attempt, mirror = self._target, self.attempt, self.attempt.mirror
+        known = KnownChunks(mirror, marked=attempt.marked | mirror.bad_packs)
+        self._index = IndexWriter(target.connector, target.sealer, attempt.id, mirror=mirror, known=known)
+        group.start_soon(self._index.keep)
+        mover = Mover(
+            self._source,
+            target,
+            attempt=attempt.id,
+            known=known,
+            index=self._index,
+            level=self._options.level,
+            repack=self._options.repack,
+            limits=self._options.limits,
+            progress=self._progress,
+        )
+        self.reading = True
+        try:
+            whole = await load_whole(self._source.connector, self._source.sealer, self._snapshot)
+        except NotFound as error:
+            raise Damaged(f"it is gone: {error}") from None
+        catalog = CatalogCopy(
+            self._source.fetcher().load,
+            ids=self._ids,
+            id_key=target.secrets.id_key,
+            attempt=attempt.id,
+            sound=self._sound(),
+            known=known,
+            mover=mover,
+            progress=self._progress,
+        )
+        async with mover.at_work():
+            root = await catalog.run(whole.header.catalog, whole.header.depth)
+        self.reading = False
+        self._header = msgspec.structs.replace(whole.header, catalog=root)
+        await self._index.flush(last=True)
+
+    def _sound(self) -> frozenset[bytes]:
+        """Attempts whose snapshots are listed in the target, and known to have all their chunks there."""
+        attempt, mirror = self.attempt, self.attempt.mirror
+        if attempt.marked or attempt.damaged or mirror.bad_packs:
+            return frozenset()
+        return frozenset(
+            snapshot.attempt
+            for snapshot in attempt.commits.snapshots
+            if mirror.is_sound(snapshot.header.catalog[:ID_BYTES])
+        )
+
+    async def salvage(self) -> None:
+        """The run ends early: index what is stored already, so that the next one takes it up."""
+        if self._index is None:
+            return
+        with contextlib.suppress(Exception), anyio.move_on_after(_SALVAGE_S, shield=True):
+            await self._index.flush()
+
+    async def commit(self) -> Snapshot:
+        """Put the snapshot."""
+        snapshot = Snapshot(self.attempt.id, self._header)
+        await self.attempt.commit(snapshot)
+        await self._target.saw(snapshot)
+        with contextlib.suppress(CoffretError):  # without the note the next run looks it up again
+            await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
+        return snapshot

@@ -1,0 +1,114 @@
+"""Bodies and answers, moved piece by piece, each under a deadline: nobody holds a connection by being slow."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from coffret.connectors import httpwire
+from coffret.engine.server.answers import ClientGone, Refused
+
+if TYPE_CHECKING:
+    from coffret.connectors.httpwire import Refusal
+    from coffret.engine.server.limits import Limits
+
+# How much of an object is handed to the connection at a time, and read from it.
+_SENT_BYTES, _READ_BYTES = 1 << 20, 1 << 20
+
+
+class Transfer:
+    """Moves bytes within the limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    async def receive(self, request: web.BaseRequest, view: memoryview) -> None:
+        """Fill a buffer with the body of a request.
+
+        :raises ClientGone: if the client is
+        :raises Refused: if it takes too long
+        """
+        if not len(view):
+            return
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        request.content.set_read_chunk_size(_READ_BYTES)
+        now = asyncio.get_running_loop().time
+        end, at = now() + self._limits.transfer_s(len(view)), 0
+        try:
+            async with asyncio.timeout(None) as deadline:
+                while at < len(view):
+                    deadline.reschedule(min(end, now() + self._limits.stall_s))
+                    piece = await request.content.readany()
+                    if not piece:
+                        raise ClientGone
+                    view[at : at + len(piece)] = piece
+                    at += len(piece)
+        except TimeoutError:
+            raise Refused(httpwire.SLOW, "the body came too slowly", close=True) from None
+        except (web.RequestPayloadError, OSError) as error:
+            raise ClientGone from error
+
+    async def send(self, request: web.BaseRequest, response: web.StreamResponse, data: bytes) -> web.StreamResponse:
+        """Send an answer with this body, or with its last bytes; to its end.
+
+        :raises ClientGone: if the client is, or takes too long
+        """
+        if not response.prepared and not response.chunked:
+            response.content_length = len(data)
+        now, view = asyncio.get_running_loop().time, memoryview(data)
+        try:
+            async with asyncio.timeout(self._limits.stall_s) as deadline:
+                if not response.prepared:
+                    await response.prepare(request)
+                for at in range(0, len(data), _SENT_BYTES):
+                    deadline.reschedule(now() + self._limits.transfer_s(_SENT_BYTES))
+                    await response.write(view[at : at + _SENT_BYTES])
+                deadline.reschedule(now() + self._limits.transfer_s(_SENT_BYTES))
+                await response.write_eof()
+        except TimeoutError:
+            cut(request)
+            raise ClientGone from None
+        return response
+
+    async def finish(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
+        """Send an answer that is complete.
+
+        :raises ClientGone: if the client is, or takes too long
+        """
+        try:
+            async with asyncio.timeout(self._limits.stall_s):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            cut(request)
+            raise ClientGone from None
+        return response
+
+
+def cut(request: web.BaseRequest) -> None:
+    """Cut the connection of a request at once, with whatever is under way on it."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+class Patience:
+    """The time that the storage has for an answer (s): `asyncio.timeout`, whose end is a refusal."""
+
+    def __init__(self, patience_s: float, refusal: Refusal) -> None:
+        self._timeout, self._refusal = asyncio.timeout(patience_s), refusal
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """
+        :raises Refused: if it is over
+        """
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise Refused(self._refusal, "the storage takes too long") from None

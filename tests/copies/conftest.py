@@ -1,0 +1,3 @@
+"""What the tests of copies share."""
+
+from tests.copies.storages import places  # noqa: F401 - a fixture

@@ -1,0 +1,208 @@
+"""A sync makes the same snapshots in another repository, and moves only what is missing there."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from tests.fault_harness import make_source
+from tests.harness import needs_root
+from tests.hostile_tree import make_hostile_tree
+from tests.sync.sides import SMALL, Side, is_whole, restores, sync
+from tests.trees import describe, differences
+
+from coffret.connectors.faults import FaultyConnector
+from coffret.engine.errors import UsageError
+from coffret.engine.index import open_index
+from coffret.engine.ops.sync import SyncOptions, check_pair
+from coffret.engine.progress import Progress
+from coffret.engine.records import iter_refs
+from coffret.engine.snapshot import load_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("to_encrypted", [True, False], ids=["to-encrypted", "to-clear"])
+@pytest.mark.parametrize("from_encrypted", [True, False], ids=["from-encrypted", "from-clear"])
+async def test_the_same_snapshot(source: Path, tmp_path: Path, from_encrypted: bool, to_encrypted: bool) -> None:
+    a, b = Side.made(encrypted=from_encrypted), Side.made(encrypted=to_encrypted)
+    made = await a.backup(source)
+    summary = await sync(await a.open(), await b.open())
+    assert [snapshot.id for snapshot in summary.copied] == [made] and not summary.damaged
+    mine, other = await a.open(), await b.open()
+    before = await load_whole(mine.connector, mine.sealer, await mine.find_snapshot(made))
+    after = await load_whole(other.connector, other.sealer, await other.find_snapshot(made))
+    assert before.attempt != after.attempt and before.header.catalog != after.header.catalog
+    assert msgspec.structs.replace(after.header, catalog=before.header.catalog) == before.header
+    assert await is_whole(b) and await restores(b, made, source, tmp_path)
+    # What a client that has only the one of them learns nothing of the other.
+    assert not (await sync(await a.open(), await b.open())).copied
+    assert not (await sync(await b.open(), await a.open())).copied
+
+
+@needs_root
+async def test_everything_a_snapshot_can_hold(tmp_path: Path) -> None:
+    """Sparse files, many attributes and extents, names of any kind; and lists of lists, since chunks are small."""
+    tree = tmp_path / "tree"
+    make_hostile_tree(tree, seed=1, root_user=True, deep=False)
+    (tree / "long").write_bytes(os.urandom(200_000) + bytes(4_000_000))
+    a, b = Side.made(chunker=SMALL), Side.made(chunker=SMALL)
+    made = await a.backup(tree)
+    await sync(await a.open(), await b.open())
+    assert await is_whole(b)
+    opened = await b.open()
+    await opened.restore(await opened.find_snapshot(made), bytes(tmp_path / "back"))
+    mine = await a.open()
+    await mine.restore(await mine.find_snapshot(made), bytes(tmp_path / "original"))
+    assert differences(describe(tmp_path / "original"), describe(tmp_path / "back")) == []
+
+
+async def test_only_what_is_missing_is_read(source: Path, tmp_path: Path) -> None:
+    """Of a second snapshot the source is asked for what has changed, though every id differs between the two."""
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    await a.backup(source)
+    first = Progress()
+    await sync(await a.open(), await b.open(), progress=first)
+    (source / "directory1" / "more").write_bytes(os.urandom(5000))
+    made = await a.backup(source)
+    second = Progress()
+    await sync(await a.open(), await b.open(), progress=second)
+    assert first.read_bytes > 1 << 20 and second.read_bytes == 5000
+    assert second.files == first.files + 1 and second.size_bytes == first.size_bytes + 5000
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+async def test_what_lies_below_a_sound_page_is_not_looked_up(source: Path, tmp_path: Path) -> None:
+    """A snapshot of the same catalog costs two reads of the source's packs at most: none, here."""
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    await a.backup(source)
+    await sync(await a.open(), await b.open())
+    await a.backup(source)
+    counted = FaultyConnector(a.memory)
+    await sync(await a.open(counted), await b.open())
+    assert [call for call in counted.calls if call[1].startswith("packs/")] == []
+    assert len(await b.ids()) == 2 and await is_whole(b)
+
+
+async def test_nothing_is_known_without_a_cache(source: Path, tmp_path: Path) -> None:
+    a, b = Side.made(), Side.made()
+    await a.backup(source)
+    await sync(await a.open(), await b.open())
+    packs = await b.names("packs/")
+    (source / "directory1" / "more").write_bytes(os.urandom(5000))
+    made = await a.backup(source)
+    progress = Progress()
+    await sync(await a.open(), await b.open(), progress=progress)
+    assert progress.read_bytes > 1 << 20  # read again
+    assert len(await b.names("packs/")) == len(packs) + 2  # but not stored again
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+async def test_ids_are_shared(source: Path, tmp_path: Path) -> None:
+    """`create --like`: catalogs are equal, and what was backed up to both is not copied."""
+    a = Side.made(tmp_path / "cache")
+    b = Side.made(tmp_path / "cache", like=a)
+    await a.backup(source)
+    await b.backup(source)
+    (source / "directory1" / "more").write_bytes(os.urandom(5000))
+    made = await a.backup(source)
+    progress = Progress()
+    summary = await sync(await a.open(), await b.open(), progress=progress)
+    assert len(summary.copied) == 2 and progress.read_bytes == 5000
+    mine, other = await a.open(), await b.open()
+    catalogs = [(await each.find_snapshot(made)).header.catalog for each in (mine, other)]
+    assert catalogs[0] == catalogs[1]
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+async def test_the_target_has_some_of_it(source: Path, tmp_path: Path) -> None:
+    """Blocks of which the target has a part are taken apart; what it has is not stored twice."""
+    a, b = Side.made(), Side.made()
+    some = tmp_path / "some"
+    make_source(some, files=17, large_bytes=3 << 20)
+    await b.backup(some)
+    before = dict(await _chunks(b))
+    made = await a.backup(source)
+    await sync(await a.open(), await b.open())
+    after = await _chunks(b)
+    assert len({chunk for chunk, _ in after}) == len(after)  # each once
+    assert before.items() <= dict(after).items()
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+@pytest.mark.parametrize("level", [None, 3])
+async def test_compressed_anew(source: Path, tmp_path: Path, level: int | None) -> None:
+    a, b = Side.made(), Side.made()
+    made = await a.backup(source)
+    opened = await a.open()
+    await (await b.open()).sync(opened, (await opened.listed()).snapshots, SyncOptions(level=level, repack=True))
+    stored = [sum([info.size_bytes async for info in each.memory.list("packs/")]) for each in (a, b)]
+    assert (stored[1] > stored[0]) == (level is None)
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+async def test_windows_are_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page names may have been moved long before the page is written."""
+    monkeypatch.setattr("coffret.engine.sync_catalog._WINDOW_CHUNKS", 7)
+    (source / "long").write_bytes(os.urandom(400_000))
+    (source / "twice").write_bytes((source / "long").read_bytes())
+    a, b = Side.made(chunker=SMALL), Side.made(chunker=SMALL)
+    made = await a.backup(source)
+    progress = Progress()
+    await sync(await a.open(), await b.open(), progress=progress)
+    assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+async def test_a_catalog_of_many_pages(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for number in range(1500):
+        path = tree / f"d{number % 30}" / f"file{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"%d" % (number % 100))
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    made = await a.backup(tree)
+    await sync(await a.open(), await b.open())
+    assert await restores(b, made, tree, tmp_path) and await is_whole(b)
+    (tree / "d7" / "file7").write_bytes(b"changed")
+    changed = await a.backup(tree)
+    counted = FaultyConnector(a.memory)
+    await sync(await a.open(counted), await b.open())
+    assert await restores(b, changed, tree, tmp_path) and await is_whole(b)
+
+
+async def test_there_and_back(source: Path, tmp_path: Path) -> None:
+    """Three repositories become equal, whatever way snapshots go."""
+    sides = [Side.made(tmp_path / "cache", encrypted=number != 1) for number in range(3)]
+    made = []
+    for number, side in enumerate(sides):
+        (source / f"file{number}").write_bytes(os.urandom(3000))
+        made.append(await side.backup(source))
+    a, b, c = sides
+    for one, other in ((a, b), (b, c), (c, a), (c, b), (b, a)):
+        await sync(await one.open(), await other.open())
+    for side in sides:
+        assert await side.ids() == set(made) and await is_whole(side)
+        assert await restores(side, made[-1], source, tmp_path)
+
+
+async def test_pairs_that_make_no_sense(tmp_path: Path) -> None:
+    a, b = Side.made(), Side.made(chunker=SMALL)
+    with pytest.raises(UsageError, match="is the repository itself"):
+        check_pair(await a.open(), await a.open())
+    with pytest.raises(UsageError, match="larger chunks"):
+        check_pair(await a.open(), await b.open())
+    check_pair(await b.open(), await a.open())
+
+
+async def _chunks(side: Side) -> list[tuple[bytes, bytes]]:
+    """(chunk, pack) of all that a repository's index names."""
+    opened, found = await side.open(), []
+    for name in await side.names("index/"):
+        for table in open_index(opened.sealer, name, await side.memory.get(name)).packs:
+            found += [(chunk, table.pack) for block in table.blocks for chunk, _ in iter_refs(block.refs)]
+    return found
