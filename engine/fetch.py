@@ -78,7 +78,9 @@ class Fetcher:
         id_key: bytes,
         cache_bytes: int = 8 << 20,
         kept: StoreCache | None = None,
+        gets: anyio.CapacityLimiter | None = None,
     ) -> None:
+        """`gets`: shared with others that read from the same storage at the same time."""
         self.connector, self.mirror, self.id_key, self._kept = connector, mirror, id_key, kept
         self._sealer = sealer
         self._cache: OrderedDict[BlockKey, bytes | memoryview] = OrderedDict()
@@ -88,7 +90,7 @@ class Fetcher:
         # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that.
         self._bad: set[bytes] = set()
         self._relisted = False
-        self._gets = anyio.CapacityLimiter(connector.capabilities.parallel_gets)
+        self._gets = gets or anyio.CapacityLimiter(connector.capabilities.parallel_gets)
 
     def cipher(self, header: bytes) -> BlockCipher:
         """The cipher of a pack, by its clear header; may be called in threads."""
