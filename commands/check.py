@@ -117,6 +117,6 @@ def _damage(summary: CheckSummary) -> str:
     if any(name.startswith("index/") for name in summary.damaged_objects):
         first = "run `coffret repair index`, then "
     return (
-        f"check: found damage: {', '.join(found)}; {first}run `coffret check`, then `coffret backup` on the hosts whose "
-        "files are damaged: it stores again what is still there; `coffret repair snapshots` saves what is whole"
+        f"check: found damage: {', '.join(found)}; {first}run `coffret check`, then `coffret backup` on the hosts "
+        "whose files are damaged: it stores again what is still there; `coffret repair snapshots` saves what is whole"
     )
