@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
+    from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
     from coffret.engine.snapshot import Commits, Snapshot
@@ -109,6 +110,16 @@ class Attempt:
         self.damaged = await update_mirror(
             self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit or None
         )
+
+    def tell(self, progress: Progress) -> None:
+        """Tell what was found to be wrong with the repository when the attempt began."""
+        for _, reason in self.damaged:
+            progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
+        if bad := len(self.mirror.bad_packs):
+            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
+            progress.note(f"{packs} missing or damaged; what {held} is stored again where the source still has it")
+        if self.mirror.left:
+            progress.note(f"no local cache is used: {self.mirror.left}")
 
     async def keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
