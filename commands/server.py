@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coffret.commands.line import EPILOG
-from coffret.display import counted, printable
+from coffret.display import OutputLost, ReaderGone, counted, printable
 from coffret.engine.errors import UsageError
 from coffret.engine.repository import bare_storage
 from coffret.engine.units import format_duration, format_size, parse_size
@@ -66,7 +66,9 @@ def command(context: click.Context, /, listen: str, memory: str, no_auth: bool, 
                 "--no-auth is for a server that only this machine reaches",
                 remedy="leave it out and make tokens, or listen on 127.0.0.1",
             )
-        async with bare_storage(session.location, session.options) as connector:
+        # What limits there are hold for what clients send and get: a put that waited for the storage would never end.
+        unlimited = replace(session.options.transfers, upload=None, download=None)
+        async with bare_storage(session.location, replace(session.options, transfers=unlimited)) as connector:
             return await _serve(session, connector, address, certificate, memory, no_auth, stop)
 
     return session.run(serve, on_stop=stop.set)
@@ -99,6 +101,7 @@ async def _serve(
     no_auth: bool,
     stop: asyncio.Event,
 ) -> int:
+    from coffret.connectors.limit import Pace
     from coffret.engine.server.attempts import Attempts
     from coffret.engine.server.limits import Limits
     from coffret.engine.server.run import Settings, serve
@@ -136,6 +139,7 @@ async def _serve(
         on_exchange=_teller(session) if display.verbose else None,
         certificate=certificate,
         limits=replace(Limits(), memory_bytes=memory_bytes),
+        pace=Pace(session.options.transfers.upload, session.options.transfers.download),
     )
     requests = await serve(connector, settings)
     display.summary(f"server: stopped after {counted(requests, 'request')}", requests=requests)
@@ -167,7 +171,18 @@ def _teller(session: Session) -> Callable[[Exchange], None]:
     """What is told of each request with -v."""
     display = session.display
 
+    is_heard = True
+
     def tell(done: Exchange) -> None:
+        nonlocal is_heard
+        if is_heard:
+            try:
+                show(done)
+            except (ReaderGone, OutputLost):
+                is_heard = False
+                display.note("nobody reads the lines about requests any more")
+
+    def show(done: Exchange) -> None:
         moved = done.received_bytes + done.sent_bytes
         text = (
             f"{done.address} {done.token_id or '-'} {done.method} {done.path} {done.status or 'cut off'}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from bench import remote, report
+from bench import remote, report, server
 from bench.bars import BARS, LOCAL, OURS, STORAGES, UNDELAYED, Kind, judge
 from bench.contenders import available
 from bench.datasets import Dataset
@@ -155,3 +155,12 @@ def test_remote_scenarios_run(storage: str, parts: str, tmp_path: Path) -> None:
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(SystemExit, match="no part 'nothing'"):
         remote.main(["--parts", f"{PARTS[0]},nothing"])
+
+
+def test_the_server_beside_bare_transfers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    server.main(["--packs", "3", "--pack-mib", "1", "--rounds", "1", "--work", str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["put", "get", "put", "get"]
+    assert "coffret" in told[0]
+    assert " of bare (" in told[3]
+    assert not list(tmp_path.iterdir())

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
-from tests.harness import ROOT, Program, path_of
+from tests.harness import ROOT, Outcome, Program, path_of
 
 from coffret.display import SCHEMA_VERSION
 from coffret.engine.settings import RACY_NS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from tests.harness import Outcome
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{9})?Z")
 ODD = b"odd \xff\x1b[31m\nname"
@@ -346,6 +346,43 @@ def test_passphrase(tmp_path: Path) -> None:
     assert summary["config"] is True
 
 
+def test_server_token(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    for right in ("read-only", "append-only", "full"):
+        outcome = program("server", "token", "add", f"--{right}", "--label", right, "--json")
+        added = validate_all(outcome, summary="summary of server token add")[-1]
+        assert added["command"] == "server token add"
+    outcome = program("server", "token", "list", "--json")
+    *items, summary = validate_all(outcome, "item of server token list", "summary of server token list")
+    assert [item["right"] for item in items] == [item["label"] for item in items]
+    assert summary["tokens"] == 3
+    outcome = program("server", "token", "rm", added["token_id"], "--json")
+    validate_all(outcome, summary="summary of server token rm")
+
+
+def test_server(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    running = program.start("server", "--no-auth", "--listen", "127.0.0.1:0", "--json", "-v")
+    assert running.stdout is not None
+    lines: list[bytes] = []
+    while not lines or b'"item"' not in lines[-1]:
+        lines.append(running.stdout.readline())
+    listening = json.loads(lines[-1])
+    client = program.with_environment(COFFRET_REPOSITORY=listening["url"])
+    client("create", "--no-encryption")
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    outcome = Outcome((), running.returncode, (b"".join(lines) + out).decode(), err.decode())
+    assert outcome.code == 0, outcome
+    first, *requests = outcome.of_type("item")
+    for heading, messages in (("item of server", [first]), ("item of a request to server", requests)):
+        for message in messages:
+            validate(message, heading, common={"message_type": "string"})
+    others = [message for message in outcome.messages if message["message_type"] != "item"]
+    quiet = Outcome((), 0, "\n".join(json.dumps(message) for message in others), "")
+    assert validate_all(quiet, summary="summary of server")[-1]["requests"] == len(requests) > 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -362,6 +399,9 @@ def test_passphrase(tmp_path: Path) -> None:
         (["create", "--no-encryption"], 2),
         (["passphrase", "export", "-"], 2),
         (["at", "", "ls"], 2),
+        (["server"], 2),
+        (["server", "token", "add"], 2),
+        (["server", "token", "rm", "none"], 2),
     ],
 )
 def test_failure(program: Program, arguments: list[str], code: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.connectors import s3_server, sshd
 from tests.fault_harness import Here, cheap_passphrases
 from tests.harness import ROOT, Program
+from tests.server.program import ServerProcess
 from tests.tree_state import describe, differences
 
 from coffret.connectors.errors import ConnectionLost, TransientError
@@ -55,11 +56,23 @@ def sftp(server: sshd.SSHServer | None = None) -> Elsewhere:
     return Elsewhere(f"sftp://{server.user}@127.0.0.1:{server.port}{folder}", {"HOME": str(server.home.path)}, server)
 
 
-@pytest.fixture(params=["sqlite", "sftp", "s3", "s3-tls"])
-def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Elsewhere:
+def http(folder: Path) -> Elsewhere:
+    server = ServerProcess(folder)
+    token = server.token("full")
+    server.start()
+    return Elsewhere(server.url, {"COFFRET_SERVER_TOKEN": token}, server)
+
+
+@pytest.fixture(params=["sqlite", "sftp", "s3", "s3-tls", "http"])
+def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Elsewhere]:
     if request.param == "sqlite":
-        return Elsewhere(f"sqlite://{tmp_path}/home/repository.db", {})
-    return sftp() if request.param == "sftp" else s3(tls=request.param == "s3-tls")
+        yield Elsewhere(f"sqlite://{tmp_path}/home/repository.db", {})
+    elif request.param == "http":
+        served = http(tmp_path / "host")
+        yield served
+        served.server.kill()
+    else:
+        yield sftp() if request.param == "sftp" else s3(tls=request.param == "s3-tls")
 
 
 @pytest.fixture
@@ -184,7 +197,7 @@ def test_the_readme_s_commands(tmp_path: Path, home: Path) -> None:
         assert program_for(place, home)("info", "--json").summary["snapshots"] == 0
 
 
-@pytest.fixture(params=["sftp", "s3"])
+@pytest.fixture(params=["sftp", "s3", "http"])
 def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Elsewhere]:
     """A storage whose server may be killed."""
     if request.param == "sftp":
@@ -192,6 +205,10 @@ def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Elsewhere
         server.start()
         yield sftp(server)
         server.remove()
+    elif request.param == "http":
+        served = http(tmp_path / "host")
+        yield served
+        served.server.kill()
     else:
         other = s3_server.S3Server(tmp_path / "s3")
         other.start()
@@ -201,7 +218,8 @@ def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Elsewhere
 
 def packs_of(elsewhere: Elsewhere) -> int:
     """How many packs the server has, whole or not."""
-    root = elsewhere.server.buckets if hasattr(elsewhere.server, "buckets") else elsewhere.server.root / "data"
+    server = elsewhere.server
+    root = server.buckets if hasattr(server, "buckets") else server.root
     return sum(path.is_file() and path.parent.parent.name == "packs" for path in root.rglob("*"))
 
 

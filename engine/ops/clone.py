@@ -114,14 +114,15 @@ class _Clone:
         :raises UsageError: if it is another repository
         :raises NoRepository: if it is no repository, and not the place for one
         """
+        theirs: bytes | None = None
         try:
             theirs = await self._target.peek(CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
         except NotFound:
-            theirs = b""
+            pass
         except NotStorage as error:
             raise NoRepository(str(error), remedy=_ELSEWHERE) from None
         self._exists = theirs == self._data
-        if theirs and not self._exists:
+        if theirs is not None and not self._exists:
             configuration.parse_config(theirs)
             raise _another(url)
         # A new copy is accepted beside what was at its location before, as a new repository is.

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aiohttp.web_protocol import RequestHandler
 
     from coffret.connectors.base import Connector, ObjectInfo
+    from coffret.connectors.limit import Pace
     from coffret.engine.server.attempts import Attempts
     from coffret.engine.server.limits import Limits
     from coffret.engine.server.tokens import TokenFile
@@ -66,7 +67,8 @@ class App:
     """Answers requests for the objects of one storage; `handle` is what a server calls.
 
     `tokens`: None if nobody needs one. `on_note` is told what whoever runs the server should know, `on_exchange` of
-    each request when it is over. `welcome` is called with a connection that has shown a good token.
+    each request when it is over. `pace` holds all clients together to a rate. `welcome` is called with a connection
+    that has shown a good token.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class App:
         *,
         on_note: Callable[[str], None],
         on_exchange: Callable[[Exchange], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._connector, self._tokens, self._limits = connector, tokens, limits
-        self._transfer = Transfer(limits)
+        self._transfer = Transfer(limits, pace)
         self._append_only = AppendOnly(connector, attempts)
         self._on_note, self._on_exchange = on_note, on_exchange
         self._tries = Tries()

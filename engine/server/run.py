@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from coffret.connectors.base import Connector
+    from coffret.connectors.limit import Pace
     from coffret.engine.server.app import Exchange
     from coffret.engine.server.attempts import Attempts
     from coffret.engine.server.tokens import TokenFile
@@ -52,7 +53,8 @@ class Address:
 class Settings:
     """How to serve. `tokens`: None if nobody needs one. `certificate`: PEM files of the chain and of its key.
 
-    `stop` is set by whoever wants it to end. `on_ready` is told the URLs, `on_note` and `on_exchange` are as for `App`.
+    `stop` is set by whoever wants it to end. `on_ready` is told the URLs, `on_note`, `on_exchange` and
+    `pace` are as for `App`.
     """
 
     address: Address
@@ -64,6 +66,7 @@ class Settings:
     on_exchange: Callable[[Exchange], None] | None = None
     certificate: tuple[str, str] | None = None
     limits: Limits = field(default_factory=Limits)
+    pace: Pace | None = None
 
 
 def parse_address(text: str) -> Address:
@@ -108,6 +111,7 @@ async def serve(connector: Connector, settings: Settings) -> int:
         settings.limits,
         on_note=settings.on_note,
         on_exchange=settings.on_exchange,
+        pace=settings.pace,
     )
     context = load_certificate(settings.certificate) if settings.certificate else None
     connections = Connections(app.handle, settings.limits, settings.on_note)

@@ -12,17 +12,22 @@ from coffret.engine.server.answers import ClientGone, Refused
 
 if TYPE_CHECKING:
     from coffret.connectors.httpwire import Refusal
+    from coffret.connectors.limit import Pace
     from coffret.engine.server.limits import Limits
 
 # How much of an object is handed to the connection at a time, and read from it.
 _SENT_BYTES, _READ_BYTES = 1 << 20, 1 << 20
+# The same where there is a limit, so that the line is used evenly.
+_PACED_BYTES = 32 << 10
 
 
 class Transfer:
-    """Moves bytes within the limits."""
+    """Moves bytes within the limits, and not faster than `pace` allows."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, pace: Pace | None = None) -> None:
         self._limits = limits
+        self._upload = pace.upload if pace and pace.upload.limited else None
+        self._download = pace.download if pace and pace.download.limited else None
 
     async def receive(self, request: web.BaseRequest, view: memoryview) -> None:
         """Fill a buffer with the body of a request.
@@ -35,7 +40,8 @@ class Transfer:
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
-        request.content.set_read_chunk_size(_READ_BYTES)
+        if self._upload is None:
+            request.content.set_read_chunk_size(_READ_BYTES)
         now = asyncio.get_running_loop().time
         end, at = now() + self._limits.transfer_s(len(view)), 0
         try:
@@ -47,6 +53,9 @@ class Transfer:
                         raise ClientGone
                     view[at : at + len(piece)] = piece
                     at += len(piece)
+                    if self._upload is not None:
+                        deadline.reschedule(None)
+                        await self._upload.take(len(piece))
         except TimeoutError:
             raise Refused(httpwire.SLOW, "the body came too slowly", close=True) from None
         except (web.RequestPayloadError, OSError) as error:
@@ -60,13 +69,17 @@ class Transfer:
         if not response.prepared and not response.chunked:
             response.content_length = len(data)
         now, view = asyncio.get_running_loop().time, memoryview(data)
+        piece_bytes = _SENT_BYTES if self._download is None else _PACED_BYTES
         try:
             async with asyncio.timeout(self._limits.stall_s) as deadline:
                 if not response.prepared:
                     await response.prepare(request)
-                for at in range(0, len(data), _SENT_BYTES):
-                    deadline.reschedule(now() + self._limits.transfer_s(_SENT_BYTES))
-                    await response.write(view[at : at + _SENT_BYTES])
+                for at in range(0, len(data), piece_bytes):
+                    if self._download is not None:
+                        deadline.reschedule(None)
+                        await self._download.take(min(piece_bytes, len(data) - at))
+                    deadline.reschedule(now() + self._limits.transfer_s(piece_bytes))
+                    await response.write(view[at : at + piece_bytes])
                 deadline.reschedule(now() + self._limits.transfer_s(_SENT_BYTES))
                 await response.write_eof()
         except TimeoutError:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from coffret.connectors.base import Connector
+    from coffret.connectors.limit import Pace
     from coffret.engine.server.app import Exchange
 
 _PATIENCE_S = 30.0
@@ -48,10 +49,12 @@ class Serving:
         tls: bool = False,
         needs_token: bool = True,
         listen: str = "127.0.0.1:0",
+        pace: Pace | None = None,
     ) -> None:
         self.folder, self.path = folder, folder / "repository"
         self._open = open_connector or (lambda: LocalConnector(self.path))
         self._limits, self._needs_token, self._listen = limits or Limits(), needs_token, listen
+        self._pace = pace
         self._certificate = (str(folder / "server.pem"), str(folder / "server.key")) if tls else None
         self.ca = folder / "ca.pem"
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +159,7 @@ class Serving:
                 on_exchange=self.exchanges.append,
                 certificate=self._certificate,
                 limits=self._limits,
+                pace=self._pace,
             )
             await serve(connector, settings)
 
@@ -212,7 +216,7 @@ class Raw:
         return int(words[1]) if len(words) > 1 else 0
 
 
-def request(method: str, path: str, token: str = "", *, body: bytes = b"", **headers: str) -> bytes:
+def request(method: str, path: str, token: str = "", /, body: bytes = b"", **headers: str) -> bytes:
     """A request as it goes over the wire. Headers' names are written with underscores."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
     if token:

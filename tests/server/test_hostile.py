@@ -16,6 +16,7 @@ from tests.server.serving import Raw, Serving, request
 
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
+from coffret.connectors.limit import Pace
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine.server.limits import Limits, Tries, address_of
@@ -396,7 +397,7 @@ class TestOnThisMachine:
     )  # fmt: skip
     def test_pages_in_a_browser_are_refused(self, open_server: Serving, headers: dict[str, str], status: int) -> None:
         host = headers.pop("Host", "localhost")
-        data = request("GET", "/v1/", **headers)
+        data = request("GET", "/v1/", "", b"", **headers)
         data = data.replace(b"Host: localhost\r\n", f"Host: {host}\r\n".encode() if host else b"")
         with Raw(open_server.port) as raw:
             raw.send(data)
@@ -505,7 +506,7 @@ async def test_no_room_is_told_in_time(tmp_path: Path) -> None:
     with Serving(tmp_path, limits=replace(Limits(), memory_bytes=16 * MIB, room_wait_s=SHORT_S)) as server:
         with Raw(server.port) as raw:
             headers = {"Content_Length": str(len(body)), "Expect": "100-continue"}
-            raw.send(request("PUT", f"/v1/objects/{name}", server.token(FULL), **headers))
+            raw.send(request("PUT", f"/v1/objects/{name}", server.token(FULL), b"", **headers))
             assert raw.status() == 100  # it has the room
             async with server.connector() as connector:
                 other = sealed.pack(3 * MIB)
@@ -588,3 +589,23 @@ def test_addresses() -> None:
     assert address_of(("2001:db8:1:2::", 5, 0, 0)) != address_of(("2001:db8:1:3::", 5, 0, 0))
     assert address_of(("fe80::1%eth0", 5, 0, 2)).startswith("fe80")
     assert address_of(None) == address_of(os.devnull) == ""
+
+
+@pytest.mark.anyio
+async def test_limits_hold_all_clients_together(tmp_path: Path) -> None:
+    """They wait, however long it takes, though nobody may be silent for so long."""
+    make_folder(tmp_path)
+    begin = time.monotonic()
+    limits = replace(Limits(), stall_s=SHORT_S, put_s=SHORT_S * 5)
+    with Serving(tmp_path, limits=limits, pace=Pace(2e6, 2e6)) as server:
+
+        async def move() -> None:
+            name, body = sealed.pack(600_000)
+            async with server.connector(token=server.new_token(APPEND_ONLY)[1]) as connector:
+                await connector.put(name, [body])
+                assert await connector.get(name) == body
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(move)
+    assert time.monotonic() - begin > 1.0  # 1.8 MB each way, less what is let through at once

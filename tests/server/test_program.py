@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ import pytest
 from tests.connectors.s3_server import make_certificates
 from tests.connectors.servers import free_port
 from tests.connectors.stores import files
-from tests.harness import Program
+from tests.harness import ROOT, Program
 from tests.server import sealed
 from tests.server.program import ServerProcess
 from tests.server.serving import Raw, request
@@ -78,6 +80,44 @@ def test_backups_of_other_hosts(tmp_path: Path) -> None:
     assert "stopped after" in log
     assert not any(token in log for token in (full, append_only, read_only))
     assert "Traceback" not in log
+
+
+def test_the_readme_s_commands(tmp_path: Path) -> None:
+    """They run as they stand, with other places."""
+    section = (
+        (ROOT / "README.md").read_text().partition("## A repository served to other hosts")[2].partition("\n## ")[0]
+    )
+    add, serve, export, backup = re.findall(r"^(?:coffret|export) .+$", section, re.MULTILINE)
+    make_certificates(tmp_path)
+    port = free_port()
+    places = {
+        "/srv/backups": str(tmp_path / "repository"),
+        "0.0.0.0:8471": f"127.0.0.1:{port}",
+        "chain.pem": str(tmp_path / "server.pem"),
+        "key.pem": str(tmp_path / "server.key"),
+        "https://nas.example:8471/": f"https://127.0.0.1:{port}/?ca={tmp_path}/ca.pem",
+        "/etc": str(tmp_path / "source"),
+    }
+
+    def words(line: str) -> list[str]:
+        return [places.get(word, word) for word in shlex.split(line, comments=True)[1:]]
+
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "hosts").write_text("127.0.0.1 localhost\n")
+    host, other = Program(tmp_path), client(tmp_path / "other", "")
+    host("create", "--no-encryption")
+    token = host(*words(add)).stdout.strip()
+    assert token.startswith(shlex.split(export, comments=True)[1].partition("=")[2].rstrip("."))
+    running = host.start(*words(serve))
+    try:
+        await_state(lambda: _listens(port))
+        variable = shlex.split(export, comments=True)[1].partition("=")[0]
+        other.with_environment(**{variable: token})(*words(backup))
+    finally:
+        running.terminate()
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 0, (out, err)
+    assert len(host("ls", "--json").of_type("item")) == 1
 
 
 class TestStop:

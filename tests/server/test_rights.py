@@ -335,7 +335,7 @@ def _all_of_an_attempt(connector: Connector, of: str) -> list[Callable[[], Await
     """Everything that can be tried with an attempt."""
     found = [sealed.lease(of), sealed.index(of), sealed.index(of, 7), sealed.snapshot(of)]
     return [
-        *(lambda each=each: connector.put(*_call(each)) for each in found),  # type: ignore[misc]
-        *(lambda each=each: connector.put(*_call(each), if_absent=True) for each in found),  # type: ignore[misc]
+        *(lambda each=each: connector.put(*_call(each)) for each in found),
+        *(lambda each=each: connector.put(*_call(each), if_absent=True) for each in found),
         lambda: connector.delete(f"leases/{of}"),
     ]
