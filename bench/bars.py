@@ -20,9 +20,9 @@ STORAGES = {"s3": "aiobotocore", "sftp": "asyncssh"}  # with the library a bare 
 LOCAL, UNDELAYED = f"{OURS}, local", f"{OURS}, no delay"
 CONNECTOR, CONNECTOR_UNDELAYED = "connector", "connector, no delay"
 TRANSFER_MS, RESTORE_MS = 20, 50
-# Scenarios of copies (`bench.sync`), and what a copy to S3 is compared with.
+# Scenarios of copies (`bench.sync`, `bench.copies`), and what a copy to S3 is compared with.
 COPIES = "copies"
-SYNC, SYNC_S3 = f"{COPIES}: sync", f"{COPIES}: sync to S3"
+SYNC, SYNC_S3, CLONE = f"{COPIES}: sync", f"{COPIES}: sync to S3", f"{COPIES}: clone"
 FIRST_BACKUP = f"{OURS}, first backup"
 MB = 1_000_000
 
@@ -105,6 +105,7 @@ BARS = (
     *(bar for storage, library in STORAGES.items() for bar in _remote_bars(storage, library)),
     Bar("big", SYNC, Kind.TIME_RATIO, 0.35, "rustic"),
     Bar("big", SYNC_S3, Kind.TIME_RATIO, 1.1, FIRST_BACKUP),
+    Bar("big", CLONE, Kind.TIME_RATIO, 1.2, "cp"),
 )
 
 

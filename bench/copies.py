@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.bars import CLONE
 from bench.contenders import PASSPHRASE
 from bench.datasets import default_folder, load
 from bench.measure import Command, CommandFailed, run, stored_bytes, warm
@@ -71,19 +72,20 @@ class CopyBench:
             "coffret": self._command("clone", copy),
             "cp": Command(("sh", "-ec", _COPY, str(self.repository), copy), self._environment(), self.work),
         }
+        shown = {"coffret": "coffret clone {copy}", "cp": _COPY.replace("$0", "{repository}").replace("$1", "{copy}")}
         size_bytes = stored_bytes(self.repository)
         lines = {
             name: Measurement(
                 run=self.run,
                 dataset=self.dataset,
-                scenario="clone",
+                scenario=CLONE,
                 contender=name,
                 version="",
-                command=" ".join(command.arguments[-3:]),
+                command=shown[name],
                 wall_s=[],
                 repository_bytes=size_bytes,
             )
-            for name, command in commands.items()
+            for name in commands
         }
         for number in range(rounds):
             for name in sorted(commands, reverse=bool(number % 2)):

@@ -113,15 +113,16 @@ class _Clone:
         :raises UsageError: if it is another repository
         :raises NoRepository: if it is no repository, and not the place for one
         """
+        theirs: bytes | None = None
         try:
             size_bytes = (await self._target.stat(CONFIG)).size_bytes
             theirs = await self._target.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
         except NotFound:
-            theirs = b""
+            pass
         except NotStorage as error:
             raise NoRepository(str(error), remedy=_ELSEWHERE) from None
         self._exists = theirs == self._data
-        if theirs and not self._exists:
+        if theirs is not None and not self._exists:
             configuration.parse_config(theirs)
             raise _another(url)
         # A new copy is accepted beside what was at its location before, as a new repository is.

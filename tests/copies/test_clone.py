@@ -9,11 +9,19 @@ import anyio
 import pytest
 from tests.copies.storages import GOLDEN, KINDS, Killed, Places, to_copy
 
-from coffret.connectors.errors import ConnectorError
+from coffret.connectors.errors import ConnectorError, StorageFull
 from coffret.engine import state
 from coffret.engine.configuration import config_hash, new_config
 from coffret.engine.creation import create_repository
-from coffret.engine.errors import CoffretError, Damaged, NoRepository, RepositoryChanged, UsageError
+from coffret.engine.errors import (
+    CoffretError,
+    Damaged,
+    NoRepository,
+    OutOfSpace,
+    RepositoryChanged,
+    UsageError,
+    reported,
+)
 from coffret.engine.keyring import read_keyring
 from coffret.engine.keys import new_secrets
 
@@ -157,6 +165,23 @@ async def test_cancelled(places: Places, golden: Path) -> None:
     assert places.objects("x:") == to_copy(places.objects("r:"))
 
 
+async def test_a_full_disk(places: Places, golden: Path) -> None:
+    """It is told as that, and what was stored is taken up."""
+
+    async def fail(method: str, name: str) -> None:
+        if method == "put" and name.startswith("index/"):
+            raise StorageFull(f"{name}: No space left on device")
+
+    places.faults = {"x:": {"before": fail}}
+    with pytest.raises(ExceptionGroup) as raised:
+        await places.clone("r:", "x:")
+    assert isinstance(reported(raised.value), OutOfSpace)
+    places.faults = {}
+    summary, _ = await places.clone("r:", "x:")
+    assert summary.kept
+    assert places.objects("x:") == to_copy(places.objects("r:"))
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 async def test_an_empty_repository(places: Places, encrypted: bool) -> None:
     await create_repository("r:", passphrase=b"golden" if encrypted else None, options=places.options)
@@ -272,6 +297,11 @@ class TestOtherTargets:
         places.open("x:", {})
         places.set("x:", "config", b"[core]\n")
         await self.refused(places, NoRepository, "not coffret's")
+
+    async def test_a_config_that_is_empty(self, places: Places, golden: Path) -> None:
+        places.open("x:", {})
+        places.set("x:", "config", b"")
+        await self.refused(places, Damaged, "cut short")
 
     async def test_objects_of_another_repository(self, places: Places, golden: Path) -> None:
         places.open("x:", {})
