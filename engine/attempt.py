@@ -78,6 +78,8 @@ class Attempt:
         self.mirror.relist = self._relist
         self.marked: frozenset[bytes] = frozenset()
         self.damaged: list[tuple[str, str]] = []
+        #: Whether something was put that counts only once the attempt has ended well.
+        self.unfinished = False
         self._leased = False
         self.commits: Commits
 
@@ -152,6 +154,22 @@ class Attempt:
             raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
         if self._kept is not None:  # the next run begins with reading it
             await self._kept.keep({name: body})
+
+    async def conclude(self) -> None:
+        """End without a snapshot, as maintenance does: from now on what the attempt's index objects say counts.
+
+        :raises LeaseLost: if another process has ended this attempt
+        """
+        name = snapshot_name(self.id)
+        body = self._sealer.seal(sealing.END, name, self.id, encode(End("maintained", time.time_ns())))
+        try:
+            await put_once(self._connector, name, body)
+        except AlreadyExists:
+            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
+
+    async def clock(self) -> float:
+        """The storage's time now (s since 1970), as far as the lease was put or refreshed just now."""
+        return (await self._connector.stat(self._lease_name)).mtime_s
 
     async def end(self) -> str:
         """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".

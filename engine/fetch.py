@@ -95,7 +95,8 @@ class Fetcher:
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._ciphers: OrderedDict[bytes, BlockCipher] = OrderedDict()
         self._lock = threading.Lock()
-        # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that.
+        # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that,
+        # and nothing else was found: as long as there is, each sweep may have moved it once more.
         self._bad: set[bytes] = set()
         self._relisted = False
         self._gets = gets or anyio.CapacityLimiter(connector.capabilities.parallel_gets)
@@ -136,8 +137,9 @@ class Fetcher:
                 if missing.pack is not None and missing.pack not in self._bad:
                     self._bad.add(missing.pack)
                 elif self.mirror.relist is not None and not self._relisted:
-                    self._relisted = True
+                    before = frozenset(self.mirror.objects)
                     await self.mirror.relist()
+                    self._relisted = before == self.mirror.objects
                 else:
                     raise
 
