@@ -121,7 +121,7 @@ def told(lines: Sequence[Measurement]) -> str:
     ours = next((line.wall_s for line in lines if line.contender == "coffret"), [])
     theirs = next((line.wall_s for line in lines if line.contender == "cp"), [])
     if found := spread(ratios(ours, theirs)):
-        texts.append(f"clone / cp, round by round: {found.median:.2f} ({found.min:.2f} to {found.max:.2f})")
+        texts.append(f"{CLONE} / cp, round by round: {found.median:.2f} ({found.min:.2f} to {found.max:.2f})")
     return "\n".join(texts)
 
 

@@ -21,17 +21,18 @@ _TRIES = 20
 _RECOVER = "put the key slots back from a recovery file: `coffret at REPO passphrase add --from FILE`"
 
 
-async def copy_keys(source: Connector, target: Connector, copier: Copier) -> None:
+async def copy_keys(source: Connector, target: Connector, copier: Copier, config_hash: bytes) -> None:
     """Copy what opens a repository, so that both open by the same passphrases, as of one moment.
 
-    A slot that is logged as removed is not copied, though it may still be there: it opens nothing.
+    A slot that is logged as removed is not copied, though it may still be there: it opens nothing. `config_hash` is
+    that of the repository's config: the log of another repository says nothing.
 
     :raises Damaged: if there is no slot that could open the copy
     :raises UsageError: if the log of removed slots is another in the copy
     """
     known = {info.name for info in await list_objects(target, "keys/")}
     for _ in range(_TRIES):
-        keyring = await read_keyring(source)
+        keyring = await read_keyring(source, config_hash)
         slots = {slot: data for slot, data in keyring.live.items() if _is_whole(slot, data, copier)}
         if not slots:
             raise Damaged("the repository is encrypted, and none of its key slots is whole", remedy=_RECOVER)
@@ -40,13 +41,13 @@ async def copy_keys(source: Connector, target: Connector, copier: Copier) -> Non
                 await put_slot(target, slot, data)
                 copier.count(slot_name(slot), len(data))
                 known.add(slot_name(slot))
-        removals = await _removals(source, copier)
+        removals = await _removals(source, copier, config_hash)
         for name, data in removals.items():
             if name not in known:
                 await _put_removal(target, name, data)
                 copier.count(name, len(data))
                 known.add(name)
-        after = await read_keyring(source)
+        after = await read_keyring(source, config_hash)
         if (after.live.keys(), after.last) == (keyring.live.keys(), keyring.last):
             return
     raise Damaged("the repository's key slots change without end")
@@ -77,8 +78,8 @@ def _is_whole(slot: str, data: bytes, copier: Copier) -> bool:
     return True
 
 
-async def _removals(source: Connector, copier: Copier) -> dict[str, bytes]:
-    """The log, oldest first, as far as it is whole."""
+async def _removals(source: Connector, copier: Copier, config_hash: bytes) -> dict[str, bytes]:
+    """The log, oldest first, as far as it is whole, and this repository's."""
     found: dict[str, bytes] = {}
     listed = await list_objects(source, "keys/removed-")
     for info in sorted(listed, key=lambda info: (len(info.name), info.name)):
@@ -89,7 +90,8 @@ async def _removals(source: Connector, copier: Copier) -> dict[str, bytes]:
         except Damaged as error:
             copier.report(info.name, str(error).removeprefix(f"{info.name}: "))
             continue
-        if parse_removal(data, info.name) is None:
+        removal = parse_removal(data, info.name)
+        if removal is None or removal.config != config_hash.hex():
             copier.report(info.name, "the log of removed key slots is not what was stored")
         else:
             found[info.name] = data

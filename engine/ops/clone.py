@@ -236,7 +236,7 @@ class _Clone:
         """
         self._progress.phase = "keys"
         if self._config.encrypted:
-            await copy_keys(self._source, self._target, self.copier)
+            await copy_keys(self._source, self._target, self.copier, configuration.config_hash(self._data))
         if not self._exists:
             for note in await probe(self._target):
                 self._progress.note(note)

@@ -22,7 +22,7 @@ from coffret.engine.errors import (
     UsageError,
     reported,
 )
-from coffret.engine.keyring import read_keyring
+from coffret.engine.keyring import log_removal, read_keyring
 from coffret.engine.keys import new_secrets
 
 if TYPE_CHECKING:
@@ -269,6 +269,16 @@ class TestDamage:
         live = [(await read_keyring(places.storages[url])).live for url in ("r:", "x:")]
         assert live[0] == live[1]
         assert len(live[0]) == 2
+
+    async def test_a_log_of_another_repository(self, places: Places) -> None:
+        """It says nothing here: neither is a slot left out for it, nor is it put into the copy."""
+        places.load("r:", GOLDEN / "encrypted")
+        source, wanted = places.storages["r:"], to_copy(places.objects("r:"))
+        keyring = await read_keyring(source)
+        assert await log_removal(source, keyring, next(iter(keyring.live)), bytes(32))
+        summary, _ = await places.clone("r:", "x:")
+        assert [*summary.damaged] == ["keys/removed-2"]
+        assert places.objects("x:") == wanted
 
     async def test_of_the_config(self, places: Places, golden: Path) -> None:
         config = places.objects("r:")["config"]
