@@ -53,7 +53,7 @@ def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: boo
         from coffret.engine.ops.check import CheckOptions
 
         options = CheckOptions(fast=fast, subset=subset, workers=session.globals.workers)
-        async with session.repository("coffret.engine.ops.check") as repository:
+        async with session.repository("coffret.engine.ops.check", listing=True, transfers=not fast) as repository:
             targets = await _targets(repository, snapshots)
             session.display.progress.subject = targets[0][0].short_id if targets else ""
             summary = await repository.check(targets or None, options, session.display.progress)
@@ -112,9 +112,11 @@ def _damage(summary: CheckSummary) -> str:
     ]
     if not found:
         return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
-    # What a pack holds counts as stored as long as the pack is there with all its bytes, right or wrong.
-    first = "move damaged packs out of the repository, then " if summary.damaged_packs else ""
+    # Each host remembers for itself what it has found damaged: that is when its backups store it again.
+    first = ""
+    if any(name.startswith("index/") for name in summary.damaged_objects):
+        first = "run `coffret repair index`, then "
     return (
-        f"check: found damage: {', '.join(found)}; {first}run `coffret backup --force` on the hosts whose files are "
-        "damaged: it stores again what is still there"
+        f"check: found damage: {', '.join(found)}; {first}run `coffret check`, then `coffret backup` on the hosts "
+        "whose files are damaged: it stores again what is still there; `coffret repair snapshots` saves what is whole"
     )

@@ -19,7 +19,7 @@ def command(session: Session) -> int:
     """Show what the repository is and holds."""
 
     async def info() -> int:
-        async with session.repository() as repository:
+        async with session.repository(listing=True) as repository:
             config = repository.config
             snapshots = (await repository.commits()).snapshots
             packs = stored = 0

@@ -44,7 +44,7 @@ def command(session: Session, snapshot: str | None, recursive: bool) -> int:
     """List."""
 
     async def list_() -> int:
-        async with session.repository() as repository:
+        async with session.repository(listing=True) as repository:
             if snapshot is None:
                 commits = await repository.commits()
                 for found in commits.snapshots:

@@ -142,12 +142,14 @@ def rm(session: Session, slot: str, exclusive: bool) -> int:
     """Remove a slot."""
 
     async def run() -> int:
+        from coffret.engine.configuration import config_hash
         from coffret.engine.keyring import read_keyring
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
             _check_encrypted(repository)
-            found = passphrases.find_slot(await read_keyring(repository.connector), slot)
+            keyring = await read_keyring(repository.connector, config_hash(repository.config_data))
+            found = passphrases.find_slot(keyring, slot)
             await passphrases.remove(
                 repository.connector, repository.config_data, repository.secrets, found, exclusive=exclusive
             )

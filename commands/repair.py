@@ -71,19 +71,23 @@ def index(session: Session, everything: bool, dry_run: bool, exclusive: bool) ->
 
 @command.command(
     "snapshots",
-    "Make of each damaged snapshot (default: of all) another, of what is whole in it. The damaged one stays.",
+    "Make of each damaged snapshot (default: of all) another, of what is whole in it. The damaged one stays, unless"
+    " --forget is given.",
 )
 @click.argument("snapshots", nargs=-1, metavar="[SNAPSHOT]...")
 @click.option("--fast", is_flag=True, help="Go by the index, and by existence and size of packs; do not read them.")
+@click.option("--forget", is_flag=True, help="Remove the damaged ones, each when the other is there.")
 @click.option("--dry-run", is_flag=True, help="Tell what is lost; store nothing.")
 @click.pass_obj
-def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, dry_run: bool) -> int:
+def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, forget: bool, dry_run: bool) -> int:
     """Repair snapshots."""
 
     async def run() -> int:
         from coffret.engine.ops import repair
 
-        options = repair.SnapshotRepairOptions(fast=fast, dry_run=dry_run, workers=session.globals.workers)
+        options = repair.SnapshotRepairOptions(
+            fast=fast, forget=forget, dry_run=dry_run, workers=session.globals.workers
+        )
         async with session.repository("coffret.engine.ops.repair", writing=not dry_run) as repository:
             found = {each.id: each for each in [await repository.find_snapshot(text) for text in snapshots]}
             summary = await repair.repair_snapshots(
@@ -102,11 +106,13 @@ def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, dry_run
             )
         session.display.summary(
             f"repair: {counted(len(summary.damaged), 'snapshot')} of {summary.snapshots:,}"
-            f" {'is' if len(summary.damaged) == 1 else 'are'} damaged, {len(summary.repaired):,} repaired",
+            f" {'is' if len(summary.damaged) == 1 else 'are'} damaged, {len(summary.repaired):,} repaired"
+            + (f", {len(summary.removed):,} removed" if forget else ""),
             snapshots=summary.snapshots,
             damaged_snapshots=[each.id for each in summary.damaged],
             repaired=len(summary.repaired),
             hopeless_snapshots=summary.hopeless,
+            removed_snapshots=summary.removed,
             dry_run=dry_run,
             duration_s=session.display.elapsed_s,
         )

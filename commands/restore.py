@@ -41,7 +41,7 @@ def command(session: Session, /, snapshot: str, target: str | None, **given: Any
     display = session.display
 
     async def restore() -> int:
-        async with session.repository("coffret.engine.ops.restore") as repository:
+        async with session.repository("coffret.engine.ops.restore", listing=True, transfers=True) as repository:
             name, path = split_target(snapshot)
             found = await repository.find_snapshot(name)
             display.progress.subject = found.short_id

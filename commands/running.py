@@ -41,7 +41,7 @@ DAMAGE_FOUND = 4
 # The variables that give the passphrase of the other repository of a command begin so.
 PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
 # Commands that, interrupted, go on where they were when they are run again.
-_TAKEN_UP = ("backup", "push", "clone")
+_TAKEN_UP = ("backup", "push", "clone", "sync")
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 
@@ -103,11 +103,21 @@ class Session:
         self.display.note(f"{what} is tried again: {error}")
 
     @asynccontextmanager
-    async def repository(self, *ahead: str, writing: bool = False) -> AsyncIterator[Repository]:
-        """The repository of the command line, opened; `writing`: for a backup. `ahead`: modules that will be needed."""
+    async def repository(
+        self, *ahead: str, writing: bool = False, listing: bool = False, transfers: bool = False
+    ) -> AsyncIterator[Repository]:
+        """The repository of the command line, opened. `ahead`: modules that will be needed.
+
+        `writing`, for a backup, `listing`, for what reads snapshots, and `transfers`: see `open_repository`.
+        """
         self._ahead = ("coffret.engine.mirror", *ahead)
         async with open_repository(
-            self.location, passphrase=self.passphrase, options=self.options, writing=writing
+            self.location,
+            passphrase=self.passphrase,
+            options=self.options,
+            writing=writing,
+            listing=listing,
+            transfers=transfers,
         ) as opened:
             self._check_passphrase = ""  # it is right
             self.display.storage_calls = self.options.calls[opened.connector.location]

@@ -153,13 +153,12 @@ async def _look(session: Session, connector: Connector) -> None:
     """
     from coffret.connectors.errors import NotFound
     from coffret.engine import configuration, state
+    from coffret.engine.configuration import CONFIG_NAME
     from coffret.engine.errors import NoRepository
-    from coffret.engine.repository import CONFIG
 
     expected = session.globals.expect_id
     try:
-        size_bytes = (await connector.stat(CONFIG)).size_bytes
-        data = await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
+        data = await connector.peek(CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
     except NotFound:
         if expected is not None:
             raise NoRepository(f"no repository at {session.location}") from None

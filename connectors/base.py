@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import anyio
+
 from coffret.connectors.errors import InvalidName, InvalidRange
 
 if TYPE_CHECKING:
@@ -87,6 +89,10 @@ def checked_range(name: str, size_bytes: int, offset: int, length: int | None) -
     return wanted
 
 
+# Of each prefix that was listed what there is.
+Listings = dict[str, list[ObjectInfo]]
+
+
 class Connector(ABC):
     """One storage. Methods may be called concurrently; any may raise ConnectorError's subclasses.
 
@@ -118,6 +124,9 @@ class Connector(ABC):
     def set_pace(self, pace: Pace) -> bool:
         """Whether this connector will ask `pace` before each piece that it moves; else whole objects are paid for."""
         return False
+
+    def expect_transfers(self) -> None:  # noqa: B027 - nothing needs to be made ready, as a rule
+        """Much will be moved soon: what that takes may be made ready meanwhile. Never an error, and never needed."""
 
     async def create(self) -> None:  # noqa: B027 - there is nothing to do where storage needs no making
         """Make the storage ready for a new repository (a folder, a table …); it may exist already, empty.
@@ -154,9 +163,36 @@ class Connector(ABC):
             raise InvalidRange(f"{name}: {len(data)} of {len(buffer)} bytes at {offset}")
         buffer[:] = data
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        """Return an object of unknown size: all of it, or the first `limit_bytes` (1 or more) if it is longer.
+
+        :raises NotFound: if there is no such object
+        """
+        size_bytes = (await self.stat(name)).size_bytes
+        return await self.get(name, length=min(size_bytes, limit_bytes))
+
     @abstractmethod
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """Iterate over the objects whose names start with `prefix` (a folder, `packs/`, or ""), in any order."""
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        """List prefixes in turns: those of one turn in any order, each as it is when all turns before it are over."""
+        found: Listings = {}
+        failures: list[Exception] = []
+
+        async def list_one(prefix: str) -> None:
+            try:
+                found[prefix] = [info async for info in self.list(prefix)]
+            except Exception as error:
+                failures.append(error)
+
+        for turn in turns:
+            async with anyio.create_task_group() as group:
+                for prefix in turn:
+                    group.start_soon(list_one, prefix)
+            if failures:
+                raise failures[0]
+        return found
 
     @abstractmethod
     async def stat(self, name: str) -> ObjectInfo:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from coffret.connectors.base import Connector
 from coffret.connectors.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 
-    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
 
     Hook = Callable[[str, str], Awaitable[None]]
 
@@ -71,11 +72,20 @@ class FaultyConnector(Wrapper):
         await self.inner.get_into(name, offset, buffer)
         await self._end(number)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        number = await self._begin("peek", name)
+        data = await self.inner.peek(name, limit_bytes)
+        await self._end(number)
+        return data
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         number = await self._begin("list", prefix)
         async for info in self.inner.list(prefix):
             yield info
         await self._end(number)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        return await Connector.list_turns(self, turns)  # each a call of its own
 
     async def stat(self, name: str) -> ObjectInfo:
         number = await self._begin("stat", name)

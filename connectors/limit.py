@@ -72,6 +72,12 @@ class LimitConnector(Wrapper):
             await self._pace.download.take(len(data))
         return data
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        data = await self.inner.peek(name, limit_bytes)
+        if self._whole:
+            await self._pace.download.take(len(data))
+        return data
+
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         if self._whole:
             await self._pace.download.take(len(buffer))

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
+from coffret.connectors.base import Connector
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, TransientError
 from coffret.connectors.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
 
 T = TypeVar("T")
 FIRST_WAIT_S, MAX_WAIT_S = 0.2, 15.0
@@ -78,6 +79,9 @@ class RetryConnector(Wrapper):
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         await self._repeat(f"get {name}", lambda _: self.inner.get_into(name, offset, buffer))
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        return await self._repeat(f"get {name}", lambda _: self.inner.peek(name, limit_bytes))
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         backoff, last = _Backoff(self, f"list {prefix}"), ""
         ordered, begun = self.inner.capabilities.ordered_lists, False
@@ -92,6 +96,17 @@ class RetryConnector(Wrapper):
                 if begun and not ordered:  # nobody can tell what is still to come
                     raise
                 await backoff.wait(error)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        try:
+            found = await self.inner.list_turns(turns)
+        except TransientError as error:
+            if self._on_retry is not None:
+                self._on_retry("list", error)
+            # One by one, each as often as need be: of a long one that broke off only the rest is listed again.
+            return await Connector.list_turns(self, turns)
+        self._reached = True
+        return found
 
     async def stat(self, name: str) -> ObjectInfo:
         return await self._repeat(f"stat {name}", lambda _: self.inner.stat(name))

@@ -127,6 +127,11 @@ class S3Connector(Connector):
         await self._fetch(name, offset, length, data.write)
         return data.getvalue()
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        data = BytesIO()
+        await self._fetch(name, 0, limit_bytes, data.write, at_most=True)
+        return data.getvalue()
+
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         at = 0
 
@@ -247,8 +252,10 @@ class S3Connector(Connector):
                 offset += len(piece)
         return True
 
-    async def _fetch(self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any]) -> None:
-        """Hand the bytes of a range to `write`, piece by piece."""
+    async def _fetch(
+        self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any], *, at_most: bool = False
+    ) -> None:
+        """Hand the bytes of a range to `write`, piece by piece; with `at_most` the object may end within it."""
         where, key = self._where(name)
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRange(f"{where}: {length} bytes from {offset}")
@@ -264,7 +271,7 @@ class S3Connector(Connector):
 
         async def read(answer: Answer, watch: Watch) -> None:
             try:
-                left = _checked_answer(answer, where, offset, length)
+                left = _checked_answer(answer, where, offset, length, at_most=at_most)
                 while left:
                     piece = await answer["Body"].read(min(left, most_bytes))
                     if not piece:
@@ -281,12 +288,13 @@ class S3Connector(Connector):
             await self._client.ask("get_object", where, read=read, Key=key, **wanted)
         except InvalidRange:
             # Servers refuse an empty range at the end as well.
-            if checked_range(name, (await self.stat(name)).size_bytes, offset, length):
+            size_bytes = (await self.stat(name)).size_bytes
+            if checked_range(name, size_bytes, offset, size_bytes if at_most else length):
                 raise
 
 
-def _checked_answer(answer: Answer, where: str, offset: int, length: int | None) -> int:
-    """How many bytes of the body are wanted: those of the range that was asked for.
+def _checked_answer(answer: Answer, where: str, offset: int, length: int | None, *, at_most: bool) -> int:
+    """How many bytes of the body are wanted: those of the range that was asked for, or that there are of it.
 
     :raises InvalidRange: if it does not lie within the object
     """
@@ -297,6 +305,8 @@ def _checked_answer(answer: Answer, where: str, offset: int, length: int | None)
         raise ConnectorError(
             f"{where}: the server sends bytes from {first} on when it is asked for those from {offset}"
         )
+    if at_most and length is not None:
+        length = min(length, size_bytes - offset)
     wanted = checked_range(where, size_bytes, offset, length)
     if answer["ContentLength"] < wanted:
         raise TransientError(f"{where}: the server sends {answer['ContentLength']} of {wanted} bytes")

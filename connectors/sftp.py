@@ -29,15 +29,17 @@ from coffret.connectors.errors import (
 from coffret.connectors.sftpconnections import Connections
 from coffret.connectors.sftperrors import Refusal
 from coffret.connectors.sftpfiles import FOLDER, REGULAR, Files, at_once
+from coffret.connectors.sftphandles import KEPT
 from coffret.connectors.sftplogin import Address, Login
 from coffret.connectors.sftpnames import FileGone, Naming
 from coffret.connectors.sftpscan import scan
+from coffret.connectors.sftpturns import list_in_turns
 from coffret.connectors.sftpwalk import check_root, info_of, text, walk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from coffret.connectors.base import Buffer
+    from coffret.connectors.base import Buffer, Listings
     from coffret.connectors.limit import Pace
     from coffret.connectors.sftpfiles import OpenFile
 
@@ -114,6 +116,9 @@ class SFTPConnector(Connector):
         self._connections.limit = min(count, _MAX_CONNECTIONS)
         self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=4 * count)
 
+    def expect_transfers(self) -> None:
+        self._connections.expect()
+
     def set_pace(self, pace: Pace) -> bool:
         self._pace = pace
         return True
@@ -132,10 +137,15 @@ class SFTPConnector(Connector):
                 raise Refusal(AlreadyExists, "it exists already")
             try:
                 await self._put(files, name, body, if_absent)
+                self._connections.forget(name)
             except Refusal as refusal:
                 raise await self._explained(files, refusal, name, size_bytes) from refusal
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        if length and length > 0 and offset >= 0 and name.startswith(KEPT):
+            buffer = bytearray(length)
+            await self._read_kept(name, offset, memoryview(buffer))
+            return bytes(buffer)
         async with self._opened(valid_name(name), offset, length or 0) as (files, file):
             if length is None:
                 return await self._read_all(files, file, name, offset)
@@ -145,7 +155,32 @@ class SFTPConnector(Connector):
             await files.read_into(file, offset, memoryview(buffer))
             return bytes(buffer)
 
+    async def _read_kept(self, name: str, offset: int, buffer: memoryview) -> None:
+        """A range of a pack, which stays open for the next."""
+        async with self._files(valid_name(name), len(buffer), reads=True) as files, self._missing(files, name):
+            handles = files.session.handles
+            for last in (False, True):
+                handle, reused = handles.take(files, name)
+                try:
+                    await files.read_into(await handle.opened(), offset, buffer)
+                    return
+                except Refusal as refusal:
+                    handles.drop(name, handle)
+                    # One that was open may be no more what has this name. For another too many may be open.
+                    curable = reused or (refusal.kind is ConnectorError and handles.drop_idle())
+                    if last or not curable:
+                        raise
+                finally:
+                    handles.give_back(handle)
+
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        async with self._opened(valid_name(name), 0, limit_bytes) as (files, file):
+            return await self._read_all(files, file, name, 0, limit_bytes)
+
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if len(buffer) and offset >= 0 and name.startswith(KEPT):
+            await self._read_kept(name, offset, buffer)
+            return
         async with self._opened(valid_name(name), offset, len(buffer)) as (files, file):
             if not len(buffer):
                 checked_range(name, (await file.attributes()).size or 0, offset, 0)
@@ -165,13 +200,23 @@ class SFTPConnector(Connector):
 
     async def delete(self, name: str) -> None:
         async with self._files(valid_name(name)) as files:
+            self._connections.forget(name)
             try:
                 await files.remove(name)
+                self._connections.forget(name)
             except Refusal as refusal:
                 attributes = await files.attributes(name)
                 if attributes is not None and attributes.type != FOLDER:
                     raise await self._explained(files, refusal, name, 0) from refusal
                 await check_root(files)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        found: Listings = {}
+        async with self._files("") as files:
+            if files.session.in_order and all(prefix.endswith("/") for turn in turns for prefix in turn):
+                found = await list_in_turns(files, turns)
+        rest = [[prefix for prefix in turn if prefix not in found] for turn in turns]
+        return found | await super().list_turns([turn for turn in rest if turn])
 
     async def close(self) -> None:
         await self._connections.close()
@@ -202,22 +247,30 @@ class SFTPConnector(Connector):
         async with self._files(name, size_bytes, reads=True) as files:
             if offset < 0:
                 raise Refusal(InvalidRange, f"there is no byte {offset}")
-            try:
+            async with self._missing(files, name):
                 file = await files.open(name)
                 try:
                     yield files, file
                 finally:
                     file.close_later()
-            except Refusal as refusal:
-                if refusal.kind is not ConnectorError:
-                    raise
-                attributes = await files.attributes(name, follow=True)
-                if attributes is not None and attributes.type == REGULAR:
-                    raise
-                raise Refusal(NotFound, "there is no such object") from refusal
 
-    async def _read_all(self, files: Files, file: OpenFile, name: str, offset: int) -> bytes:
-        """Everything from `offset` on: the first piece is asked for together with the size."""
+    @asynccontextmanager
+    async def _missing(self, files: Files, name: str) -> AsyncIterator[None]:
+        """Reading an object: a refusal without a cause means NotFound where there is no file of this name."""
+        try:
+            yield
+        except Refusal as refusal:
+            if refusal.kind is not ConnectorError:
+                raise
+            attributes = await files.attributes(name, follow=True)
+            if attributes is not None and attributes.type == REGULAR:
+                raise
+            raise Refusal(NotFound, "there is no such object") from refusal
+
+    async def _read_all(
+        self, files: Files, file: OpenFile, name: str, offset: int, limit_bytes: int | None = None
+    ) -> bytes:
+        """Everything from `offset` on, or so much of it: the first piece is asked for together with the size."""
         size_bytes, first = 0, b""
 
         async def ask_size() -> None:
@@ -226,10 +279,13 @@ class SFTPConnector(Connector):
 
         async def read_first() -> None:
             nonlocal first
-            first = await file.read(files.session.read_bytes, offset)
+            at_most = files.session.read_bytes
+            first = await file.read(at_most if limit_bytes is None else min(at_most, limit_bytes), offset)
 
         await at_once([ask_size(), read_first()])
         wanted = checked_range(name, size_bytes, offset, None)
+        if limit_bytes is not None:
+            wanted = min(wanted, limit_bytes)
         if self._pace is not None:
             await self._pace.download.take(len(first))
         if wanted <= len(first):

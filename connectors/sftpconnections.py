@@ -14,6 +14,7 @@ import anyio
 
 from coffret.connectors.errors import ConnectionLost, ConnectorError
 from coffret.connectors.sftperrors import Refusal, kind_of
+from coffret.connectors.sftphandles import Handles
 from coffret.connectors.sftplogin import Login, start_sftp
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Session:
         )
         #: Whether links are offered; asyncssh tells of it by refusing one.
         self.links = bool(getattr(sftp._handler, "_supports_hardlink", True))
+        #: Packs that are open here.
+        self.handles = Handles(sftp.limits.max_open_handles)
         #: Calls of the connector at work here, and those of them that move much.
         self.calls = self.large_calls = 0
         self._lost = ""
@@ -149,7 +152,7 @@ class Connections:
         self.note = ""
         self._sessions: list[Session] = []
         self._first = anyio.Lock()
-        self._opening = 0
+        self._opening, self._expecting = 0, False
         self._tasks: set[asyncio.Task[ConnectorError | None]] = set()
         self._failures, self._failure = 0, ConnectorError()
         self._no_more_until = 0.0
@@ -168,22 +171,39 @@ class Connections:
                 if failures != self._failures:  # the one before us failed while we waited
                     raise type(self._failure)(str(self._failure)) from self._failure
                 try:
-                    return await self._open()
+                    session = await self._open()
                 except ConnectorError as error:
                     self._failures, self._failure = self._failures + 1, error
                     raise
+                while self._expecting and 1 + self._opening < self.limit:
+                    self._begin_another(1)
+                self._expecting = False
+                return session
         usable = self._usable()
         if large and self._may_be_more(usable):
-            self._opening += 1
-            another = asyncio.get_running_loop().create_task(self._open_another(len(usable)))
-            self._tasks.add(another)
-            another.add_done_callback(self._opened)
+            another = self._begin_another(len(usable))
             if not reads:
                 # By itself: neither who waits for it nor `close`, which cancels it, is to end the other.
                 await asyncio.wait((another,))
                 if not (usable := self._usable()):
                     raise self._why(another)
         return min(usable, key=lambda session: (session.large_calls, session.calls))
+
+    def expect(self) -> None:
+        """Open all there may be, once one is open: calls that move much will come, and are not to wait then."""
+        self._expecting = True
+
+    def forget(self, name: str) -> None:
+        """An object is changed: what is open of it is not read any more."""
+        for session in self._sessions:
+            session.handles.drop(name)
+
+    def _begin_another(self, others: int) -> asyncio.Task[ConnectorError | None]:
+        self._opening += 1
+        another = asyncio.get_running_loop().create_task(self._open_another(others))
+        self._tasks.add(another)
+        another.add_done_callback(self._opened)
+        return another
 
     async def close(self) -> None:
         """Close all of them."""

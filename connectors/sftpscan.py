@@ -43,15 +43,18 @@ async def scan(files: Files, folder: str) -> list[asyncssh.SFTPName]:
 async def _scan_once(files: Files, folder: str) -> tuple[list[asyncssh.SFTPName], bool]:
     """The entries as one reading gives them, and whether nothing can be missing."""
     if files.session.in_order:
-        entries, after = await _read_in_order(files, folder)
+        entries, after, _ = await _read_in_order(files, folder)
     else:
         entries, after = await _read(files, folder), None
     if len(entries) <= _PIECE_ENTRIES:
         return entries, True
-    # The folder's own entry was read at the beginning.
-    before = next((entry.attrs.mtime for entry in entries if entry.filename == b"."), None)
     after = after or await files.attributes(folder, follow=True)
-    return entries, after is not None and after.mtime == before
+    return entries, after is not None and after.mtime == _time_before(entries)
+
+
+def _time_before(entries: list[asyncssh.SFTPName]) -> int | None:
+    """When a folder was changed last, by its own entry, which was read at the beginning."""
+    return next((entry.attrs.mtime for entry in entries if entry.filename == b"."), None)
 
 
 async def _read(files: Files, folder: str) -> list[asyncssh.SFTPName]:
@@ -70,10 +73,23 @@ async def _read(files: Files, folder: str) -> list[asyncssh.SFTPName]:
     return entries
 
 
-async def _read_in_order(files: Files, folder: str) -> tuple[list[asyncssh.SFTPName], asyncssh.SFTPAttrs | None]:
-    """The same, and the folder's attributes afterwards, by requests that do not wait for each other.
+async def scan_in_order(files: Files, folder: str, asked: Callable[[], None]) -> tuple[list[asyncssh.SFTPName], bool]:
+    """`scan` of a server that answers in order; and whether all of it was asked for when `asked` was called.
 
-    That is two round trips instead of four, and more for large folders.
+    :raises Refusal: NotFound if there is no such folder
+    """
+    entries, after, in_one_go = await _read_in_order(files, folder, asked, _MOST_PIECES)
+    if len(entries) > _PIECE_ENTRIES and (after is None or after.mtime != _time_before(entries)):
+        return await scan(files, folder), False
+    return sorted(entries, key=_order), in_one_go
+
+
+async def _read_in_order(
+    files: Files, folder: str, asked: Callable[[], None] = lambda: None, first_pieces: int = _FIRST_PIECES
+) -> tuple[list[asyncssh.SFTPName], asyncssh.SFTPAttrs | None, bool]:
+    """The same, by requests that do not wait for each other; the folder's attributes afterwards; whether in one go.
+
+    That is two round trips instead of four, and more for large folders. `asked` is called after the first go is sent.
     """
     import asyncssh
 
@@ -97,17 +113,21 @@ async def _read_in_order(files: Files, folder: str) -> tuple[list[asyncssh.SFTPN
         nonlocal after
         after = await files.attributes(folder, follow=True)
 
-    count = _FIRST_PIECES
+    async def tell() -> None:
+        asked()
+
+    count, goes = first_pieces, 0
     try:
         while not at_end:
+            goes += 1
             numbers = range(len(pieces), len(pieces) + count)
             pieces.extend([] for _ in numbers)
-            await at_once([*(session.ask(read(number)) for number in numbers), look()])
+            await at_once([*(session.ask(read(number)) for number in numbers), look(), tell()])
             count = min(2 * count, _MOST_PIECES)
     finally:
         if not session.lost:
             session.later(session.ask(_request(handler.close, handle)))
-    return [entry for piece in pieces for entry in piece], after
+    return [entry for piece in pieces for entry in piece], after, goes == 1
 
 
 async def _request(send: Callable[..., Awaitable[T]], *arguments: object) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from coffret.connectors.wrapper import Wrapper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+    from coffret.connectors.base import Buffer, Connector, Listings, ObjectInfo
 
 # Upper bounds of the classes that latencies are counted in (s): each is a quarter above the one before, from 0.1 ms on.
 _BOUNDS_S = [0.0001 * 1.25**step for step in range(64)]
@@ -80,11 +80,24 @@ class TraceConnector(Wrapper):
             await self.inner.get_into(name, offset, buffer)
             moved.size_bytes = len(buffer)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        with self._counted("get", name) as moved:
+            data = await self.inner.peek(name, limit_bytes)
+            moved.size_bytes = len(data)
+        return data
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As `inner`; the time counted is that of the whole listing, with what the caller does in between."""
         with self._counted("list", prefix):
             async for info in self.inner.list(prefix):
                 yield info
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        """As `inner`; each of the listings counts, with the time of all."""
+        with ExitStack() as stack:
+            for prefix in (prefix for turn in turns for prefix in turn):
+                stack.enter_context(self._counted("list", prefix))
+            return await self.inner.list_turns(turns)
 
     async def stat(self, name: str) -> ObjectInfo:
         with self._counted("stat", name):

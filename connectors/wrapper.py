@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from coffret.connectors.base import Buffer, Capabilities, ObjectInfo
+    from coffret.connectors.base import Buffer, Capabilities, Listings, ObjectInfo
     from coffret.connectors.limit import Pace
 
 
@@ -42,6 +42,9 @@ class Wrapper(Connector):
     def set_pace(self, pace: Pace) -> bool:
         return self.inner.set_pace(pace)
 
+    def expect_transfers(self) -> None:
+        self.inner.expect_transfers()
+
     async def create(self) -> None:
         await self.inner.create()
 
@@ -54,9 +57,15 @@ class Wrapper(Connector):
     async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
         await self.inner.get_into(name, offset, buffer)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        return await self.inner.peek(name, limit_bytes)
+
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         async for info in self.inner.list(prefix):
             yield info
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        return await self.inner.list_turns(turns)
 
     async def stat(self, name: str) -> ObjectInfo:
         return await self.inner.stat(name)

@@ -20,15 +20,29 @@ from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
 from coffret.engine.index import open_index
 from coffret.engine.mirror import MirrorBusy
-from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, batches, list_objects, put_once, read_listed
+from coffret.engine.objects import (
+    INDEX,
+    MAX_INDEX_BYTES,
+    MAX_MARK_BYTES,
+    REMOVED,
+    SNAPSHOTS,
+    TRASH,
+    batches,
+    list_objects,
+    put_once,
+    read_listed,
+)
 from coffret.engine.packfile import pack_name
 from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, End, decode_mark, encode
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_end, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
+    from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
     from coffret.engine.snapshot import Commits, Snapshot
@@ -83,10 +97,12 @@ class Attempt:
 
         What is not announced may write nothing.
         """
-        self.marked = await open_marks(self._connector, self._sealer)
-        listed = await list_index(self._connector)
-        self.commits = await load_commits(self._connector, self._sealer, self._kept)
-        await self._follow(listed, audit=audit)
+        listed = await self._connector.list_turns([(TRASH,), (INDEX,), (SNAPSHOTS, REMOVED)])
+        self.marked = await open_marks(self._connector, self._sealer, listed[TRASH])
+        self.commits = await load_commits(
+            self._connector, self._sealer, self._kept, listed=(listed[SNAPSHOTS], listed[REMOVED])
+        )
+        await self._follow(listed[INDEX], audit=audit)
 
     async def _relist(self) -> None:
         """A snapshot may have been committed, and listed, after its index objects were."""
@@ -94,8 +110,18 @@ class Attempt:
 
     async def _follow(self, listed: list[ObjectInfo], *, audit: bool = False) -> None:
         self.damaged = await update_mirror(
-            self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit
+            self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit or None
         )
+
+    def tell(self, progress: Progress) -> None:
+        """Tell what was found to be wrong with the repository when the attempt began."""
+        for _, reason in self.damaged:
+            progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
+        if bad := len(self.mirror.bad_packs):
+            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
+            progress.note(f"{packs} missing or damaged; what {held} is stored again where the source still has it")
+        if self.mirror.left:
+            progress.note(f"no local cache is used: {self.mirror.left}")
 
     async def keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
@@ -172,12 +198,12 @@ class Attempt:
         await self._connector.put(self._lease_name, [body])
 
 
-async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
-    """The packs named by marks that are not done.
+async def open_marks(connector: Connector, sealer: Sealer, infos: Iterable[ObjectInfo]) -> frozenset[bytes]:
+    """The packs named by marks that are not done, of what is listed in trash/.
 
     :raises Damaged: if a mark is
     """
-    listed = {info.name: info async for info in connector.list("trash/")}
+    listed = {info.name: info for info in infos}
     packs: set[bytes] = set()
     for name, info in listed.items():
         if name.rpartition("/")[2].isdigit() and f"{name}-done" not in listed:
@@ -192,7 +218,7 @@ async def open_marks(connector: Connector, sealer: Sealer) -> frozenset[bytes]:
 
 async def list_index(connector: Connector) -> list[ObjectInfo]:
     """The index objects there are."""
-    return await list_objects(connector, "index/")
+    return await list_objects(connector, INDEX)
 
 
 async def update_mirror(
@@ -203,13 +229,13 @@ async def update_mirror(
     commits: Commits,
     *,
     own: bytes = b"",
-    audit: bool = False,
+    audit: bool | None = None,
 ) -> list[tuple[str, str]]:
     """Make the mirror's content exactly that of the index objects listed, fetching those it lacks.
 
     `own` is the caller's attempt, whose index objects it may rely on. Returns (name, reason) of those that are damaged:
-    they are left out, and looked at again next time. Where it is not known that all packs are there, or to `audit`,
-    they are listed, and `mirror.bad_packs` are those that are not.
+    they are left out, and looked at again next time. To `audit`, or, if that is None, where it is not known that all
+    packs are there, they are listed, and `mirror.bad_packs` are those that are not.
     """
     settled = {*commits.committed, own.hex()}
     updating = _Updating(connector, sealer, mirror, settled, commits.revoked)
@@ -218,7 +244,7 @@ async def update_mirror(
     except MirrorBusy as busy:
         await mirror.leave(str(busy))
         damaged = await updating.follow(listed)
-    if audit or not mirror.audited:
+    if audit if audit is not None else not mirror.audited:
         await find_bad_packs(connector, mirror)
     return damaged
 
@@ -264,7 +290,7 @@ class _Updating:
 
 
 async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
-    """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` is the result.
+    """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` gets the missing.
 
     Packs of index objects that were listed before are there, or never will be again.
     """
@@ -276,4 +302,4 @@ async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
         await mirror.doubt()
     elif not bad:
         await mirror.vouch(audited=True)
-    mirror.bad_packs = frozenset(bad)
+    mirror.bad_packs |= bad

@@ -53,14 +53,14 @@ async def _check_sealed(repository: Repository, info: ObjectInfo, kind: bytes, d
 
 
 async def _check_keys(repository: Repository, damage: Damage, progress: Progress) -> None:
+    digest = config_hash(repository.config_data)
     try:
-        keyring = await read_keyring(repository.connector)
+        keyring = await read_keyring(repository.connector, digest)
     except (ConnectorError, CoffretError) as error:
         damage.object("keys/", str(error))
         return
     if keyring.log_damaged:
         damage.object(f"keys/removed-{keyring.last}", "the log of removed key slots is not what was stored")
-    digest = config_hash(repository.config_data)
     for slot_id, data in keyring.live.items():
         try:
             slot = keys.parse_slot(slot_id, data)

@@ -34,7 +34,7 @@ class PackCheck:
     """Verifies index objects, read anew, and the packs they name. `fast`: of packs only that they are there.
 
     `subset`: of which packs more than that, None for all. `workers`: how many processes, None for the number that was
-    measured best.
+    measured best. `gets`: limits what is read at a time.
     """
 
     def __init__(
@@ -46,16 +46,19 @@ class PackCheck:
         fast: bool,
         subset: Subset | None,
         workers: int | None,
+        gets: anyio.CapacityLimiter,
     ) -> None:
         self._repository, self._damage, self._progress = repository, damage, progress
         self._connector, self._sealer = repository.connector, repository.sealer
         self._fast, self._subset, self._workers = fast, subset, workers or OPEN_WORKERS
         # The packs that are read, if not all are.
         self._chosen: frozenset[str] | None = None
-        self._gets = anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
+        self._gets = gets
         #: Packs that were looked at, and those there are, by name, with their sizes.
         self.seen: set[bytes] = set()
         self.found: dict[str, int] = {}
+        #: Packs that were read, every byte of them, and are as they were stored.
+        self.whole: frozenset[bytes] = frozenset()
 
     async def run(self, wanted: frozenset[bytes] | None) -> None:
         """Verify all index objects, and all packs they name, or those wanted that were not seen yet."""
@@ -79,6 +82,8 @@ class PackCheck:
         )
         async with pool, anyio.create_task_group() as group:
             await self._tables(pool, group, wanted)
+        read = {pack for pack in self.seen if self._chosen is None or pack_name(pack) in self._chosen}
+        self.whole |= read - self._damage.packs
 
     async def view(self) -> Mirror:
         """The mirror as far as index objects that can be relied on now say the same: it may remember more."""

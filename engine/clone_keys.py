@@ -64,7 +64,7 @@ async def check_removals(source: Connector, target: Connector) -> None:
                 continue
             mine = await read_listed(source, info, MAX_REMOVAL_BYTES)
             differs = mine != await read_listed(target, theirs[info.name], MAX_REMOVAL_BYTES)
-            if differs and parse_removal(mine) is not None:
+            if differs and parse_removal(mine, info.name) is not None:
                 raise used_by_itself(target, info.name)
 
 
@@ -89,7 +89,7 @@ async def _removals(source: Connector, copier: Copier) -> dict[str, bytes]:
         except Damaged as error:
             copier.report(info.name, str(error).removeprefix(f"{info.name}: "))
             continue
-        if parse_removal(data) is None:
+        if parse_removal(data, info.name) is None:
             copier.report(info.name, "the log of removed key slots is not what was stored")
         else:
             found[info.name] = data

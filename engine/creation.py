@@ -14,7 +14,7 @@ from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError
 from coffret.engine.keyring import put_slot
 from coffret.engine.objects import put_once
-from coffret.engine.repository import CONFIG, OpenOptions, bare_storage, check_not_lost
+from coffret.engine.repository import OpenOptions, bare_storage, check_not_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ async def create_repository(
             await put_slot(connector, slot_id, slot)
         try:
             # Last: with its config the repository exists.
-            await put_once(connector, CONFIG, data)
+            await put_once(connector, configuration.CONFIG_NAME, data)
         except AlreadyExists:
             raise _taken(url) from None
         state.remember(
@@ -105,7 +105,7 @@ async def _make_place(connector: Connector, url: str) -> None:
         await check_not_lost(connector, url)
         raise NoRepository(str(error), remedy="choose a new or an empty place") from None
     try:
-        await connector.stat(CONFIG)
+        await connector.stat(configuration.CONFIG_NAME)
     except NotFound:
         return
     raise _taken(url)

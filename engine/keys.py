@@ -166,8 +166,8 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
     return slot
 
 
-def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes) -> tuple[str, Secrets]:
-    """Try the slots, cheapest first, and return (slot id, keys) of the first that opens.
+def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes, likely: str = "") -> tuple[str, Secrets]:
+    """Try the slots, the `likely` one and then the cheapest first; return (slot id, keys) of the first that opens.
 
     :raises WrongPassphrase: if none is for this passphrase
     :raises RepositoryChanged: if one is, and was altered or made for another config
@@ -184,7 +184,7 @@ def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes) ->
         except (Damaged, UnsupportedVersion) as error:
             faults.append(error)
     changed: RepositoryChanged | None = None
-    for slot_id in sorted(found, key=lambda name: (found[name].cost, name)):
+    for slot_id in sorted(found, key=lambda name: (name != likely, found[name].cost, name)):
         try:
             return slot_id, unwrap(found[slot_id], passphrase, config_hash)
         except WrongPassphrase:

@@ -102,7 +102,7 @@ class Mirror:
         self._view = View({}, (), ())
         self._epoch, self._losses, self._certain = b"", 0, False
         self._sound: frozenset[bytes] = frozenset()
-        #: Whether all packs were found in the storage, as far as is known; and those that were not.
+        #: Whether all packs were found in the storage, as far as is known; and those that are not to be relied on.
         self.audited = False
         self.bad_packs: frozenset[bytes] = frozenset()
         #: Why the files shared with other processes were left (see `leave`); "" if they were not.
@@ -166,9 +166,23 @@ class Mirror:
             wanted = {name for name in listed if attempt_of(name) not in revoked}
             self._gone = {name: first for name, (first, _) in manifest.objects.items() if name not in wanted}
             self._epoch, self._losses, self._certain = manifest.epoch, manifest.losses, True
-            self._sound, self.audited, self.bad_packs = frozenset(manifest.sound), manifest.audited, frozenset()
+            self._sound, self.audited, self.bad_packs = (
+                frozenset(manifest.sound),
+                manifest.audited,
+                frozenset(manifest.bad),
+            )
             await self._see({name: span for name, span in manifest.objects.items() if name in wanted}, runs)
             return sorted(wanted - manifest.objects.keys())
+
+    async def lacking(self, listed: Collection[str]) -> list[str]:
+        """Names of those index objects that `reconcile` would want to be fetched; nothing is gone by for it.
+
+        :raises CoffretError: if the cache can't be read
+        """
+        async with self._files.changing:
+            with reported(self._files.store.folder):
+                manifest, _ = await self._alone(self._files.store.load)
+        return [name for name in listed if name not in manifest.objects]
 
     async def merge(self, items: Sequence[tuple[str, IndexObject]]) -> None:
         """Merge index objects, by name, and go by them; forget for good what `reconcile` found to be gone.
@@ -222,6 +236,15 @@ class Mirror:
         self._certain = self.audited = False
         async with self._files.changing:
             await self._drive(self._files.store.doubt())
+
+    async def judge(self, bad: frozenset[bytes], good: frozenset[bytes]) -> None:
+        """Remember packs as damaged: what lies only there is stored again by the next backup; forget of `good` ones.
+
+        :raises CoffretError: if the cache can't be used
+        """
+        async with self._files.changing:
+            manifest = await self._drive(self._files.store.judge(bad, good))
+        self.bad_packs = (self.bad_packs | frozenset(manifest.bad)) - good
 
     def sift_here(self, ids: Sequence[bytes], *, marked: frozenset[bytes]) -> Sifted:
         """`sift` for who runs in a thread already."""

@@ -26,7 +26,7 @@ from coffret.engine.mirror_fold import FreshRuns, fold, runs_to_fold
 from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
     from pathlib import Path
 
     from coffret.engine.records import IndexObject
@@ -39,6 +39,8 @@ _LOCK_POLL_S = 0.02
 LOCK_WAIT_S = 30.0
 # One for each source of a machine, and some more; a catalog that is forgotten is only looked up once more.
 _MAX_SOUND = 256
+# Damaged packs that are remembered; who has more has lost the repository, and the next check finds the rest.
+_MAX_BAD = 4096
 
 
 class MirrorBusy(CoffretError):
@@ -55,7 +57,7 @@ class Manifest(msgspec.Struct):
 
     `losses`: how often index objects have disappeared. Since the last time: `sound` are the catalogs (ids of their
     roots, the latest last) of which every chunk is known to be located, and `audited` tells whether all packs were
-    found in the storage.
+    found in the storage. `bad` are packs that a check found to be damaged: what lies only there is not to be relied on.
     """
 
     repository_id: str
@@ -66,6 +68,7 @@ class Manifest(msgspec.Struct):
     losses: int = 0
     sound: list[bytes] = []
     audited: bool = False
+    bad: list[bytes] = []
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -182,6 +185,20 @@ class Store:
                     audited = audited or manifest.audited
                     manifest = msgspec.structs.replace(manifest, sound=sound[-_MAX_SOUND:], audited=audited)
                     self._publish(manifest, set())
+            finally:
+                os.close(lock)
+
+    def judge(self, bad: Set[bytes], good: Set[bytes]) -> Generator[None, None, Manifest]:
+        """Note packs as damaged, and others as whole."""
+        with reported(self.folder):
+            lock = yield from self._lock()
+            try:
+                manifest, _ = self.load()
+                judged = sorted((bad | set(manifest.bad)) - good)[:_MAX_BAD]
+                if judged != manifest.bad:
+                    manifest = msgspec.structs.replace(manifest, bad=judged)
+                    self._publish(manifest, set())
+                return manifest
             finally:
                 os.close(lock)
 

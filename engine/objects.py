@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector, ObjectInfo
 
+# Folders of objects that are listed.
+SNAPSHOTS, REMOVED, INDEX, TRASH = "snapshots/", "removed/", "index/", "trash/"
 # The largest object of each kind, as stored (bytes); see docs/format.md, "Limits". Nothing near is ever written: an
 # index object has some 36 bytes for each of 100,000 chunks, a snapshot at most 10,000 faults.
 MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20, 256 << 20

@@ -199,7 +199,7 @@ class SnapshotRepair:
                     self._lose(kept.directory, entry, reason)
                     changed = True
             left = [kept for kept in left if kept.entries]
-        if not changed and await self._rely([chunk_id for chunk_id, _ in iter_refs(page.ref)]):
+        if not changed and await self._rely([chunk_id for chunk_id, _ in iter_refs(page.ref)], meta=True):
             changed = True  # it was read all the same: from the cache, say
         return left, changed
 
@@ -226,12 +226,12 @@ class SnapshotRepair:
                         return reason
         except CoffretError as error:
             return str(error)
-        return await self._rely([chunk_id for ref in self._read for chunk_id, _ in iter_refs(ref)])
+        return await self._rely([chunk_id for ref in self._read for chunk_id, _ in iter_refs(ref)], meta=True)
 
-    async def _rely(self, ids: Sequence[bytes]) -> str:
+    async def _rely(self, ids: Sequence[bytes], *, meta: bool = False) -> str:
         """Have the repository hold chunks where they stay: stored again if they lie in bad packs only.
 
-        Returns why that can't be, or "".
+        `meta`: they are a catalog's. Returns why that can't be, or "".
         """
         reason = ""
         for at in range(0, len(ids), _IDS):
@@ -241,7 +241,7 @@ class SnapshotRepair:
                 except ChunkMissing as error:
                     reason = str(error)
                 else:
-                    await self._send(Run(data, pack_ref(chunk_id, len(data))))
+                    await self._send(Run(data, pack_ref(chunk_id, len(data)), meta=meta))
         return reason
 
     async def _flush(self) -> None:

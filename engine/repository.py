@@ -20,19 +20,19 @@ from coffret.connectors.registry import Transfers, connect
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import CoffretError, Damaged, NoRepository, UsageError, WrongPassphrase
 from coffret.engine.flow import together
-from coffret.engine.keyring import read_keyring
+from coffret.engine.keyring import Keyring, read_keyring
+from coffret.engine.readahead import ReadAhead
 from coffret.engine.sealing import Sealer
 from coffret.engine.seen import Rollback, Watch, seen_path, state_of
 from coffret.engine.seen import check_expected as check_expected_state
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from coffret.connectors.base import Connector
     from coffret.connectors.trace import Calls
     from coffret.engine.fetch import Fetcher
-    from coffret.engine.keyring import Keyring
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
     from coffret.engine.ops.check import CheckOptions, CheckSummary
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from coffret.engine.snapshot import Commits, Snapshot
     from coffret.engine.storecache import StoreCache
     from coffret.engine.stream import StreamSource
-
-CONFIG = "config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,7 @@ class Repository:
         kept: StoreCache | None = None,
         cache_folder: Path | None = None,
         writing: bool = False,
+        ahead: ReadAhead | None = None,
     ) -> None:
         self.connector, self.secrets, self.mirror = connector, secrets, mirror
         #: The config, as stored and as read; and the key slot that opened it, "" without encryption.
@@ -102,8 +101,9 @@ class Repository:
         #: The folder of what this machine caches of the repository; None if it keeps no cache.
         self.cache_folder = cache_folder
         self._commits: Commits | None = None
+        self._ahead = ahead
         path = seen_path(connector.location, self.config.repository_id, options.state_dir)
-        self._watch = Watch(connector, self.sealer, path)
+        self._watch, self._expected_state = Watch(connector, self.sealer, path), options.expect_state
         #: Snapshots that were seen at this location and are not shown any more; of the last listing.
         self.rollback = Rollback()
 
@@ -112,9 +112,11 @@ class Repository:
         if self._commits is None:
             from coffret.engine.snapshot import load_commits
 
+            # What was read ahead goes for the first time alone.
+            storage, self._ahead = self._ahead or self.connector, None
             # Before the index: of a snapshot that is listed all index objects are there.
-            commits = await load_commits(self.connector, self.sealer, self.kept)
-            damaged = await self._follow(commits)
+            commits = await load_commits(storage, self.sealer, self.kept)
+            damaged = await self._follow(commits, storage)
             self.notes += [f"no local cache is used: {self.mirror.left}"] if self.mirror.left else []
             self.notes += [f"left out, since it is damaged: {reason}" for _, reason in commits.damaged + damaged]
             await self._warn(commits)
@@ -132,14 +134,15 @@ class Repository:
 
         :raises RepositoryChanged: if another state is expected
         """
-        expected = self.options.expect_state
+        expected = self._expected_state
         if expected is not None:
             await check_expected_state(self.connector, commits, self.secrets.id_key, expected.strip().lower())
         self.rollback = await self._watch.look(commits, accept=expected is not None)
         return self.rollback.told(self.state_of(commits.snapshots))
 
     async def saw(self, snapshot: Snapshot) -> None:
-        """Remember a snapshot that was just made here."""
+        """Remember a snapshot that was just made here; what was expected was there before it."""
+        self._expected_state = None
         await self._watch.add(snapshot)
 
     def state_of(self, snapshots: Sequence[Snapshot]) -> str:
@@ -151,14 +154,17 @@ class Repository:
         self._commits = None
 
     async def _relist(self) -> None:
-        await self._follow(await self.commits())
+        await self._follow(await self.commits(), self.connector)
 
-    async def _follow(self, commits: Commits) -> list[tuple[str, str]]:
-        """Bring the readers' view up to date; return what is damaged."""
+    async def _follow(self, commits: Commits, storage: Connector) -> list[tuple[str, str]]:
+        """Bring the readers' view up to date; return what is damaged.
+
+        Whether all packs are there is not asked: what is sought in one that is not is sought in another then.
+        """
         from coffret.engine.attempt import list_index, update_mirror
 
-        listed = await list_index(self.connector)
-        return await update_mirror(self.connector, self.sealer, self.mirror, listed, commits)
+        listed = await list_index(storage)
+        return await update_mirror(storage, self.sealer, self.mirror, listed, commits, audit=False)
 
     async def find_snapshot(self, text: str) -> Snapshot:
         """The snapshot meant by an id, a unique prefix of one, or `latest`.
@@ -260,12 +266,15 @@ class Repository:
 
         return await check.check(self, targets, options or check.CheckOptions(), progress or Progress())
 
-    def fetcher(self, mirror: Mirror | None = None) -> Fetcher:
-        """What reads chunks back, by the readers' view of the index or another; with what is kept locally."""
+    def fetcher(self, mirror: Mirror | None = None, *, strict: bool = False) -> Fetcher:
+        """What reads chunks back, by the readers' view of the index or another; with what is kept locally.
+
+        `strict`: see `Fetcher`.
+        """
         from coffret.engine.fetch import Fetcher
 
         view = self.mirror if mirror is None else mirror
-        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept)
+        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept, strict=strict)
 
     async def entries(
         self, snapshot: Snapshot, path: bytes, *, recursive: bool, lost: Callable[[bytes, str], None] | None = None
@@ -345,11 +354,14 @@ async def open_repository(
     passphrase: Callable[[], bytes] | None = None,
     options: OpenOptions | None = None,
     writing: bool = False,
+    listing: bool = False,
+    transfers: bool = False,
 ) -> AsyncIterator[Repository]:
     """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
 
     `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
-    put in its place.
+    put in its place. `listing`: for what asks for snapshots first of all, as all reading does: of a storage elsewhere
+    they are listed while the key is derived. `transfers`: for what will move much, so that connections are ready then.
 
     :raises NoRepository: if there is none
     :raises UsageError: if it has no encryption, and that is asked for
@@ -360,13 +372,18 @@ async def open_repository(
 
     options = options or OpenOptions()
     async with bare_storage(url, options) as connector:
-        data, keyring = await together(partial(_config, connector, url), partial(_keyring, connector))
+        if transfers:
+            connector.expect_transfers()
+        ahead = ReadAhead(connector) if listing and not connector.places else None
+        likely = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
+        data, keyring, _ = await together(
+            partial(_config, connector, url),
+            partial(_keyring, connector, likely),
+            ahead.fetch_lists if ahead else _nothing,
+        )
         config = configuration.parse_config(data)
-        digest = configuration.config_hash(data)
         _check_pins(connector, data, options, pin=False)
         _check_encryption(config, url, options)
-        slot_id, secrets = await _unlock(keyring, config, digest, passphrase)
-        note = _check_pins(connector, data, options, writing=writing)
         folder, cache, kept = None, _cache_folder(options), None
         if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
             folder = mirror_folder(cache, config.repository_id, connector.location)
@@ -376,6 +393,16 @@ async def open_repository(
 
             kept = StoreCache(folder / "stored.db")
         try:
+            digest = configuration.config_hash(data)
+            if isinstance(keyring, Keyring) and keyring.log_config not in ("", digest.hex()):
+                keyring = await read_keyring(connector, digest)  # a log of another repository says nothing
+            (slot_id, secrets), _ = await together(
+                partial(_unlock, keyring, config, digest, passphrase, likely),
+                partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
+            )
+            note = _check_pins(connector, data, options, writing=writing)
+            if slot_id != likely:
+                await to_thread.run_sync(state.remember_slot, connector.location, slot_id, options.state_dir)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
@@ -390,6 +417,7 @@ async def open_repository(
                 kept=kept,
                 cache_folder=None if mirror.why_private else folder,
                 writing=writing,
+                ahead=ahead,
             )
             if options.expect_state is not None:  # whatever is to be done
                 await repository.commits()
@@ -464,8 +492,7 @@ async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
 
 async def _config(connector: Connector, url: str) -> bytes:
     try:
-        size_bytes = (await connector.stat(CONFIG)).size_bytes
-        return await connector.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
+        return await connector.peek(configuration.CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
     except NotFound:
         await check_not_lost(connector, url)
         raise NoRepository(f"no repository at {url}") from None
@@ -494,16 +521,16 @@ def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
         )
 
 
-async def _keyring(connector: Connector) -> Keyring | Exception:
+async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
     """The key slots, read beside the config; an error is for those who need them."""
     try:
-        return await read_keyring(connector)
+        return await read_keyring(connector, likely=likely)
     except (CoffretError, ConnectorError) as error:
         return error
 
 
 async def _unlock(
-    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None
+    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None, likely: str
 ) -> tuple[str, Secrets]:
     if not config.encrypted:
         return "", configuration.clear_secrets(config)
@@ -512,7 +539,20 @@ async def _unlock(
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest)
+    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely)
+
+
+async def _nothing() -> None:
+    """What is done where nothing is to be read ahead."""
+
+
+def _not_kept(kept: StoreCache | None) -> Callable[[Sequence[str]], Awaitable[Collection[str]]]:
+    """What tells which of some objects are not kept on this machine."""
+
+    async def lacking(names: Sequence[str]) -> Collection[str]:
+        return set(names) - (await kept.get(names)).keys() if kept is not None else names
+
+    return lacking
 
 
 def _cache_folder(options: OpenOptions) -> Path:

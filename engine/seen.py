@@ -21,7 +21,7 @@ from coffret.connectors.errors import NotFound
 from coffret.engine import sealing, state
 from coffret.engine.errors import Damaged, RepositoryChanged
 from coffret.engine.objects import MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, list_objects, read_listed
-from coffret.engine.snapshot import SHORT_ID_DIGITS, open_end, open_snapshot, snapshot_name
+from coffret.engine.snapshot import SHORT_ID_DIGITS, open_end, open_snapshot, removal_name, snapshot_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -136,7 +136,7 @@ class Watch:
 
     async def _is_removed(self, pair: Pair) -> bool:
         """Whether somebody with the keys has removed a snapshot."""
-        record, end = _record_name(pair), snapshot_name(pair[1])
+        record, end = removal_name(*pair), snapshot_name(pair[1])
         if (data := await self._read(record, MAX_MARK_BYTES)) is not None:
             with suppress(Damaged):
                 self._sealer.open(sealing.REMOVED, record, data)
@@ -156,7 +156,7 @@ class Watch:
             found = open_snapshot(self._sealer, name, data).header.snapshot_id
         except Damaged:
             return False
-        return found == pair[0] and await self._read(_record_name(pair), MAX_MARK_BYTES) is None
+        return found == pair[0] and await self._read(removal_name(*pair), MAX_MARK_BYTES) is None
 
     async def _read(self, name: str, limit_bytes: int) -> bytes | None:
         """An object; None if there is none, b"" if it can't be had."""
@@ -166,10 +166,6 @@ class Watch:
             return None
         except Damaged:
             return b""
-
-
-def _record_name(pair: Pair) -> str:
-    return f"removed/{pair[0].hex()}-{pair[1].hex()}"
 
 
 def _ids(pairs: Iterable[Pair]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.flow import together
-from coffret.engine.objects import MAX_SNAPSHOT_BYTES, batches, list_objects, read_listed
+from coffret.engine.objects import MAX_SNAPSHOT_BYTES, REMOVED, SNAPSHOTS, batches, list_objects, read_listed
 from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
 
 if TYPE_CHECKING:
@@ -131,13 +131,20 @@ def open_end(sealer: Sealer, name: str, data: bytes) -> End:
         raise Damaged(f"{name}: {error}") from None
 
 
-async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | None = None) -> Commits:
+async def load_commits(
+    connector: Connector,
+    sealer: Sealer,
+    kept: StoreCache | None = None,
+    *,
+    listed: tuple[list[ObjectInfo], list[ObjectInfo]] | None = None,
+) -> Commits:
     """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown.
 
-    What is `kept` locally is not read again: an object's name never gets another content.
+    What is `kept` locally is not read again: an object's name never gets another content. `listed`: what lies in
+    snapshots/ and removed/, if that is known already.
     """
-    listed, removals = await together(
-        partial(list_objects, connector, "snapshots/"), partial(list_objects, connector, "removed/")
+    infos, removals = listed or await together(
+        partial(list_objects, connector, SNAPSHOTS), partial(list_objects, connector, REMOVED)
     )
     removed = {info.name for info in removals}
     found: dict[bytes, Snapshot] = {}
@@ -174,7 +181,7 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
             found[snapshot.header.snapshot_id] = min(light, other, key=lambda each: each.attempt)
             hidden.extend([max(light, other, key=lambda each: each.attempt)] if other is not light else [])
 
-    for batch in batches(listed, _AT_ONCE):
+    for batch in batches(infos, _AT_ONCE):
         known = await kept.get([info.name for info in batch]) if kept is not None else {}
         fetched: dict[str, bytes] = {}
         async with anyio.create_task_group() as group:
@@ -184,8 +191,8 @@ async def load_commits(connector: Connector, sealer: Sealer, kept: StoreCache | 
             await kept.keep(fetched)
     snapshots = sorted(found.values(), key=lambda snapshot: (snapshot.header.time_ns, snapshot.id))
     bad = {name for name, _ in damaged}
-    committed = frozenset(info.name.partition("/")[2] for info in listed if info.name not in bad)
-    doubtful = _not_older(listed, snapshots, bad)
+    committed = frozenset(info.name.partition("/")[2] for info in infos if info.name not in bad)
+    doubtful = _not_older(infos, snapshots, bad)
     left = {match[1] for match in map(_REMOVAL.fullmatch, removed) if match} - {snapshot.id for snapshot in snapshots}
     return Commits(
         snapshots,

@@ -1,6 +1,7 @@
 """Pins: which repositories this user has met at which location, so that another one put in their place is noticed.
 
-    <state folder>/pins/<hash of the location>.json    {"location": …, "accepted": [[repository id, encryption, hash]]}
+    <state folder>/pins/<hash of the location>.json
+        {"location": …, "accepted": [[repository id, encryption, config hash]], "slot": the slot that opened it last}
     <state folder>/pins/<hash of location and repository id>.seen    the snapshots that were there: `engine/seen.py`
 
 A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
@@ -41,10 +42,11 @@ class Pin(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Location(msgspec.Struct):
-    """The content of a pins file."""
+    """The content of a pins file. `slot`: the key slot that opened the repository last."""
 
     location: str
     accepted: list[Pin]
+    slot: str = ""
 
 
 def state_folder() -> Path:
@@ -81,14 +83,14 @@ def check(
     check_expected(location, repository_id, expect_id)
     try:
         path = file_of(location, "pins", folder)
-        if _decide(location, _read(path), found, expect_id) or not pin:
+        if _decide(location, _read(path).accepted, found, expect_id) or not pin:
             return ""
         with locked(path.parent):
             # Decided anew: another process may have met another repository here meanwhile.
-            accepted = _read(path)
-            if not _decide(location, accepted, found, expect_id):
+            known = _read(path)
+            if not _decide(location, known.accepted, found, expect_id):
                 shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-                replace_durably(path, msgspec.json.encode(_Location(shown, [*accepted, found])) + b"\n")
+                _write(path, _Location(shown, [*known.accepted, found], known.slot))
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         note = f"this machine can't remember the repository to notice if another takes its place: {reason}"
@@ -121,6 +123,25 @@ def remember(
     :raises CoffretError: if the file that remembers is damaged
     """
     return check(location, repository_id, encrypted, config_hash, repository_id, folder=folder)
+
+
+def likely_slot(location: str, folder: Path | None = None) -> str:
+    """The id of the key slot that opened the repository at a location last, as a hint; "" if none is known."""
+    try:
+        return _read(file_of(location, "pins", folder)).slot
+    except (CoffretError, OSError):
+        return ""
+
+
+def remember_slot(location: str, slot: str, folder: Path | None = None) -> None:
+    """Keep for `likely_slot`, if it can be, which key slot has opened the repository that is known at a location."""
+    with contextlib.suppress(CoffretError, OSError):
+        path = file_of(location, "pins", folder)
+        if _read(path).slot == slot:
+            return
+        with locked(path.parent):
+            if (known := _read(path)).accepted:
+                _write(path, msgspec.structs.replace(known, slot=slot))
 
 
 def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | None) -> bool:
@@ -158,8 +179,13 @@ def file_of(location: str, kind: str, folder: Path | None = None) -> Path:
     return folder / kind / f"{name}.json"
 
 
-def _read(path: Path) -> list[Pin]:
-    """What is accepted, oldest first; nothing if there is no file.
+def _write(path: Path, content: _Location) -> None:
+    """Replace a pins file. Call under the lock."""
+    replace_durably(path, msgspec.json.encode(content) + b"\n")
+
+
+def _read(path: Path) -> _Location:
+    """What is known of a location; nothing is accepted there if there is no file.
 
     :raises CoffretError: if the file is damaged: to take that for a first use would accept anything
     """
@@ -167,17 +193,17 @@ def _read(path: Path) -> list[Pin]:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES)
     except FileNotFoundError:
-        return []
+        return _Location("", [])
     try:
-        accepted = msgspec.json.decode(data, type=_Location).accepted
+        known = msgspec.json.decode(data, type=_Location)
     except (ValueError, RecursionError):
-        accepted = []
-    if not accepted:
+        known = _Location("", [])
+    if not known.accepted:
         raise CoffretError(
             f"{path} is damaged; it says which repositories were used at this location",
             remedy="check the repository's id, delete that file, and say --expect-id ID once",
         )
-    return accepted
+    return known
 
 
 @contextlib.contextmanager

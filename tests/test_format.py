@@ -94,13 +94,15 @@ def test_slot() -> None:
 @pytest.mark.anyio
 async def test_removal_log() -> None:
     vector = VECTORS["removal"]
-    fields = {"version": 0, "created": vector["created"], "nonce": b64encode(vector["nonce"]).decode()}
+    fields = {"version": 0, "created": vector["created"], "number": vector["number"]}
+    fields |= {"config": vector["config"].hex(), "nonce": b64encode(vector["nonce"]).decode()}
     fields |= {"removed": vector["removed"], "checksum": ""}
     assert blake3(oracle.as_json(fields)[:-1]).digest() == vector["checksum"]
     fields["checksum"] = b64encode(vector["checksum"]).decode()
     connector = MemoryConnector()
     await connector.put("keys/removed-1", [oracle.as_json(fields)])
-    keyring = await read_keyring(connector)
+    assert vector["config"] == VECTORS["config"]["config_hash"]
+    keyring = await read_keyring(connector, vector["config"])
     assert keyring.removed == set(vector["removed"]) == {VECTORS["slot"]["slot_id"].hex()}
     assert not keyring.log_damaged
 

@@ -21,6 +21,7 @@ from coffret.engine.catalog_reader import Catalog
 from coffret.engine.errors import WrongPassphrase
 from coffret.engine.fetch import Fetcher
 from coffret.engine.known import KnownChunks
+from coffret.engine.objects import TRASH, list_objects
 from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.restore import RestoreOptions
 from coffret.engine.packfile import pack_name
@@ -234,7 +235,9 @@ async def test_a_backup_goes_on_from_there(golden: Opener, tmp_path: Path) -> No
 async def test_what_the_open_mark_names_is_absent(golden: Opener) -> None:
     async with golden() as repository:
         await repository.commits()
-        marked = await open_marks(repository.connector, repository.sealer)
+        marked = await open_marks(
+            repository.connector, repository.sealer, await list_objects(repository.connector, TRASH)
+        )
         assert len(marked) == 1
         maker = make_repository.Maker(encrypted=repository.config.encrypted)
         assert maker.secrets == repository.secrets

@@ -15,6 +15,7 @@ from tests.harness import Recorder, repository
 from coffret.engine.catalog_walk import LoadedPage
 from coffret.engine.mirror import Mirror
 from coffret.engine.ops.backup import BackupOptions
+from coffret.engine.ops.check import CheckOptions
 from coffret.engine.pipeline import Limits
 from coffret.engine.recheck import Recheck
 from coffret.engine.records import Entry, Extra, PageRef, Section, pack_ref
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
+    from coffret.engine.check_damage import CheckSummary
     from coffret.engine.ops.backup import BackupSummary
 
 pytestmark = pytest.mark.anyio
@@ -105,7 +107,7 @@ async def test_a_pack_is_lost(home: Home, which: str, how: str, knows: str) -> N
     if knows == "nothing":
         home.forget_cache()
     await home.backup(FORCED if knows == "all" and which == "content" else PLAIN)
-    assert any("missing or cut short" in note for note in home.recorder.notes) or which == "catalog"
+    assert any("missing or damaged" in note for note in home.recorder.notes) or which == "catalog"
     assert await home.restores()
     # Nor is it relied on from now on, by whatever source.
     other = shutil.copytree(home.source, home.path / "other", symlinks=True)
@@ -123,6 +125,57 @@ async def test_a_pack_of_the_catalog_is_damaged_inside(home: Home) -> None:
     assert any("can't be read, so all files are" in note for note in home.recorder.notes)
     (home.source / "new").write_bytes(b"new")
     await home.backup()
+    assert await home.restores()
+
+
+async def check(home: Home) -> CheckSummary:
+    async with repository(home.path) as opened:
+        return await opened.check(None, CheckOptions(workers=1))
+
+
+def alter(pack: Path) -> None:
+    """Change a byte of a block in a pack, which stays as large as it was."""
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    put_in_place(pack, bytes(data))
+
+
+@pytest.mark.parametrize("which", ["catalog", "content"])
+async def test_what_a_check_found_damaged_is_stored_again(home: Home, which: str) -> None:
+    """By the next backup that has it, once, and without `--force`; nothing relies on it from then on."""
+    pack = home.packs()[-1 if which == "catalog" else 0]
+    whole = pack.read_bytes()
+    alter(pack)
+    size_bytes = (home.source / "large").stat().st_size
+    if which == "content":
+        assert (await home.backup()).counts.read_bytes == 0  # nobody knows yet
+    summary = await check(home)
+    assert len(summary.damaged_packs) == 1 and summary.damaged_snapshots
+    again = (await home.backup()).counts
+    assert any("1 pack is missing or damaged" in note for note in home.recorder.notes)
+    assert again.read_bytes >= size_bytes if which == "content" else again.added_bytes > 0
+    assert await home.restores()
+    once = (await home.backup()).counts
+    assert once.read_bytes == 0 and once.added_bytes < 10_000  # at most pages with folders above, which have changed
+    other = shutil.copytree(home.source, home.path / "other", symlinks=True)
+    assert (await home.backup(source=other)).counts.added_bytes < size_bytes  # its catalog alone
+    assert await home.restores()
+    async with repository(home.path) as opened:
+        latest = await opened.find_snapshot("latest")
+        assert (await opened.check([(latest, None)], CheckOptions(workers=1))).clean
+    # Put back, and found whole by another check, it is relied on as before.
+    put_in_place(pack, whole)
+    assert (await check(home)).clean
+    await home.backup()
+    assert not home.recorder.notes
+
+
+async def test_a_fast_check_does_not_clear_what_it_did_not_read(home: Home) -> None:
+    alter(home.packs()[0])
+    assert not (await check(home)).clean
+    async with repository(home.path) as opened:
+        assert (await opened.check(None, CheckOptions(fast=True, workers=1))).clean
+    assert (await home.backup()).counts.read_bytes >= (home.source / "large").stat().st_size
     assert await home.restores()
 
 

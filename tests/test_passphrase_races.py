@@ -142,8 +142,8 @@ class TestRaces:
         assert any(anyio.run(none_left, seed) for seed in range(500))
 
     def test_with_logged_slots_counted_none_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def forgetful(connector: Connector) -> Keyring:
-            keyring = await read_keyring(connector)
+        async def forgetful(connector: Connector, config_hash: bytes) -> Keyring:
+            keyring = await read_keyring(connector, config_hash)
             undeleted = {slot: SLOTS[slot] for slot in keyring.undeleted & SLOTS.keys()}
             return dataclasses.replace(keyring, live=keyring.live | undeleted)
 

@@ -169,7 +169,7 @@ class TestOperations:
 
     async def test_died_between_log_and_deletion(self) -> None:
         connector = await repository(3)
-        assert await log_removal(connector, await read_keyring(connector), IDS[0])
+        assert await log_removal(connector, await read_keyring(connector), IDS[0], HASH)
         assert not await opens(connector, b"passphrase 0")
         with pytest.raises(WrongPassphrase):
             unlock((await read_keyring(connector)).live, b"passphrase 0", HASH)
@@ -181,8 +181,8 @@ class TestOperations:
     async def test_log_by_an_outdated_view(self) -> None:
         connector = await repository(3)
         keyring = await read_keyring(connector)
-        assert await log_removal(connector, keyring, IDS[0])
-        assert not await log_removal(connector, keyring, IDS[1])
+        assert await log_removal(connector, keyring, IDS[0], HASH)
+        assert not await log_removal(connector, keyring, IDS[1], HASH)
 
     async def test_damaged_log(self) -> None:
         """It locks nobody out, and nothing more is removed by it."""
@@ -198,6 +198,27 @@ class TestOperations:
             assert keyring.log_damaged and keyring.removed == {IDS[0]} and list(keyring.live) == [IDS[2]]
             with pytest.raises(Damaged, match="removed-2"):
                 await passphrases.remove(connector, CONFIG, SECRETS, IDS[2])
+
+    async def test_the_log_of_another_repository(self) -> None:
+        """It says nothing of this one's slots: an earlier one holds, and nothing more is removed."""
+        connector = await repository(3)
+        await passphrases.remove(connector, CONFIG, SECRETS, IDS[0])
+        await connector.put(slot_name(IDS[0]), [SLOTS[IDS[0]]])
+        assert await log_removal(connector, await read_keyring(connector, HASH), IDS[1], bytes(32))
+        keyring = await read_keyring(connector, HASH)
+        assert keyring.log_damaged and keyring.removed == {IDS[0]} and [*keyring.live] == [*IDS[1:3]]
+        # Whoever does not know the config yet can tell by the log itself.
+        assert (await read_keyring(connector)).log_config == bytes(32).hex()
+        with pytest.raises(Damaged, match="removed-2"):
+            await passphrases.remove(connector, CONFIG, SECRETS, IDS[2])
+
+    async def test_an_earlier_log_in_the_place_of_the_last(self) -> None:
+        connector = await repository(3)
+        for slot in IDS[:2]:
+            await passphrases.remove(connector, CONFIG, SECRETS, slot)
+        await connector.put("keys/removed-2", [await connector.get("keys/removed-1")])
+        keyring = await read_keyring(connector, HASH)
+        assert keyring.log_damaged and keyring.removed == {IDS[0]}
 
     async def test_absurd_number_in_the_log(self) -> None:
         connector = await repository(2)

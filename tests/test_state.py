@@ -47,6 +47,23 @@ def test_compared_only(folder: Path) -> None:
         state.check(HERE, ONE, True, HASH, pin=False, folder=folder)
 
 
+def test_the_slot_that_opened_it(folder: Path, unwritable: Path) -> None:
+    """A hint: known where the repository is, and nothing else changes with it."""
+    state.remember_slot(HERE, "a slot", folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == ""
+    state.check(HERE, ONE, True, HASH, folder=folder)
+    state.remember_slot(HERE, "a slot", folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == "a slot"
+    assert state.likely_slot("elsewhere", folder=folder) == ""
+    state.check(HERE, TWO, True, HASH, TWO, folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == "a slot"
+    state.remember_slot(HERE, "another", folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == "another"
+    assert state.check(HERE, ONE, True, HASH, folder=folder) == ""
+    state.remember_slot(HERE, "a slot", folder=unwritable)
+    assert state.likely_slot(HERE, folder=unwritable) == ""
+
+
 def test_refused_is_not_remembered(folder: Path) -> None:
     state.check(HERE, ONE, True, HASH, folder=folder)
     for _ in range(2):

@@ -21,6 +21,7 @@ from coffret.engine.catalog_reader import ParentCursor
 from coffret.engine.errors import ChunkMissing, CoffretError, Damaged, LeaseLost, reported
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
+from coffret.engine.ops.takeover import take_over
 from coffret.engine.pipeline import Limits, Pipeline
 from coffret.engine.progress import Progress
 from coffret.engine.recheck import Recheck
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from coffret.connectors.base import Buffer, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
     from coffret.engine.filters import Filters
     from coffret.engine.repository import Repository
 
@@ -104,7 +105,9 @@ async def backup(
             if not tries_left or isinstance(source, StreamSource):  # a stream can't be read again
                 raise
             if isinstance(cause, LeaseLost):
-                progress.note("another process ended this attempt; trying again")
+                if work.revoked >= _ATTEMPTS:
+                    raise
+                progress.note("not all that was stored is there any more: everything is read again")
             elif isinstance(cause, Damaged) and work.parent is not None:
                 progress.note(f"the last snapshot can't be read, so all files are: {cause}")
                 options = replace(options, force=True)
@@ -163,6 +166,8 @@ class _Backup:
         self._snapshot_id = os.urandom(16)
         self._host = options.host or socket.gethostname()
         self.parent: Snapshot | None = None
+        #: How many attempts that made one snapshot were ended by others.
+        self.revoked = 0
         self._bad_packs = bad_packs
         self._known: KnownChunks
         self._index: IndexWriter | None = None
@@ -179,15 +184,7 @@ class _Backup:
 
     def tell(self) -> None:
         """Tell what was found when the attempt began."""
-        for _, reason in self.attempt.damaged:
-            self._progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
-        if bad := len(self.attempt.mirror.bad_packs):
-            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
-            self._progress.note(
-                f"{packs} missing or cut short; what {held} is stored again where the source still has it"
-            )
-        if self.attempt.mirror.left:
-            self._progress.note(f"no local cache is used: {self.attempt.mirror.left}")
+        self.attempt.tell(self._progress)
         for name in self.attempt.commits.doubtful:
             self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
 
@@ -243,16 +240,40 @@ class _Backup:
             await self._index.flush()
 
     async def commit(self) -> BackupSummary:
-        """Put the snapshot."""
+        """Put the snapshot; as another attempt, if this one was ended by another process."""
         snapshot = Snapshot(self.attempt.id, self._header())
         if not self._options.dry_run:
             self._progress.phase = "commit"
-            await self.attempt.commit(snapshot)
+            try:
+                await self.attempt.commit(snapshot)
+            except LeaseLost as lost:
+                snapshot = await self._commit_anew(snapshot.header, lost)
             await self._repository.saw(snapshot)
             # All that it names was stored, located or looked up; without the note the next run looks it up again.
             with contextlib.suppress(CoffretError):
                 await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
         return BackupSummary(snapshot, self._counts, time.perf_counter_ns() - self._clock_ns)
+
+    async def _commit_anew(self, header: SnapshotHeader, lost: LeaseLost) -> Snapshot:
+        """Commit what this attempt has stored as a new one, or, if that is revoked too, as a third.
+
+        :raises LeaseLost: if it can't be, since something is not there any more, or time and again
+        """
+        for self.revoked in range(1, _ATTEMPTS):
+            self._progress.note("another process ended this attempt; another one takes over what it has stored")
+            try:
+                snapshot = await take_over(
+                    self._repository, self.attempt.mirror, self._bad_packs, header, self._progress
+                )
+            except Exception as error:
+                if not isinstance(reported(error), LeaseLost):
+                    raise
+                continue
+            if snapshot is None:
+                raise lost
+            return snapshot
+        self.revoked = _ATTEMPTS
+        raise lost
 
     def _scanner(self, pipeline: Pipeline) -> Scanner:
         repository, options = self._repository, self._options
@@ -323,9 +344,17 @@ class Discarding(Connector):
         """As the storage does."""
         return await self._inner.get(name, offset=offset, length=length)
 
+    async def peek(self, name: str, limit_bytes: int) -> bytes:
+        """As the storage does."""
+        return await self._inner.peek(name, limit_bytes)
+
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """As the storage does."""
         return self._inner.list(prefix)
+
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        """As the storage does."""
+        return await self._inner.list_turns(turns)
 
     async def stat(self, name: str) -> ObjectInfo:
         """As the storage does."""

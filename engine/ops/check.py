@@ -13,6 +13,7 @@ from anyio import to_thread
 from blake3 import blake3
 
 from coffret.connectors.errors import ConnectorError
+from coffret.engine.attempt import find_bad_packs
 from coffret.engine.catalog_reader import Catalog, clean_path, content_length, no_such_path
 from coffret.engine.catalog_walk import last_key_of
 from coffret.engine.check_damage import CheckSummary, Damage
@@ -44,6 +45,8 @@ __all__ = ["CheckOptions", "CheckSummary", "check", "check_packs"]
 # Catalog pages whose files were found whole are not read again for the next snapshot; so many are remembered (some 300
 # bytes each, for 256 entries).
 _PAGES_REMEMBERED = 1 << 16
+# How often the display learns how far the files are (s).
+_SHOW_S = 0.2
 # Entries verified at a time: asking the mirror costs a hop of 60 µs or more.
 _ENTRIES = 512
 
@@ -69,8 +72,19 @@ async def check(
     :raises UsageError: if there is no such path
     :raises CoffretError, ConnectorError: if the storage can't be asked, possibly in an ExceptionGroup
     """
-    commits = await repository.commits()
     work = Checking(repository, options, progress)
+    try:
+        await _check(repository, work, targets, progress)
+    finally:
+        # The next backup stores again what lies in damaged packs alone.
+        bad, whole = work.damage.packs, work.packs.whole
+        if bad or not whole.isdisjoint(repository.mirror.bad_packs):
+            await repository.mirror.judge(bad, whole)
+    return work.damage.summary
+
+
+async def _check(repository: Repository, work: Checking, targets: Targets | None, progress: Progress) -> None:
+    commits = await repository.commits()
     work.damage.summary.missing_snapshots += [*repository.rollback.gone, *repository.rollback.back]
     if targets is None:
         targets = [(snapshot, None) for snapshot in commits.snapshots]
@@ -79,19 +93,20 @@ async def check(
         if (unnamed := work.packs.unnamed())[0]:
             progress.note(
                 f"packs that no index object names: {unnamed[0]}, of {format_size(unnamed[1])}; a backup at work, "
-                "or one that was interrupted, has put them"
+                "or one that was interrupted, has put them; if the index was lost, `coffret repair index` names them"
             )
         if ahead is not None:
             work.take_over(ahead)
-            return work.damage.summary
+            return
     else:
         targets = [(snapshot, path if path is None else clean_path(path)) for snapshot, path in targets]
+        # What is missing is sought elsewhere at once: it matters if there is no other.
+        await find_bad_packs(repository.connector, repository.mirror)
         await work.paths(targets)
         await work.needed_packs(targets)
     if all(path is None for _, path in targets):
         progress.files_total = sum(snapshot.header.counts.files for snapshot, _ in targets)
     await work.snapshots(targets)
-    return work.damage.summary
 
 
 async def check_packs(connector: Connector, progress: Progress, subset: Subset | None = None) -> CheckSummary:
@@ -128,9 +143,17 @@ def _digest(data: bytes) -> bytes:
 class Checking:
     """A check at work; what it finds adds up in `damage`."""
 
-    def __init__(self, repository: Repository, options: CheckOptions, progress: Progress) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        options: CheckOptions,
+        progress: Progress,
+        gets: anyio.CapacityLimiter | None = None,
+    ) -> None:
         self._repository, self._options, self._progress = repository, options, progress
         self.damage = Damage(progress)
+        # Of packs, and of catalogs meanwhile.
+        self._gets = gets or anyio.CapacityLimiter(repository.connector.capabilities.parallel_gets)
         self.packs = PackCheck(
             repository,
             self.damage,
@@ -138,6 +161,7 @@ class Checking:
             fast=options.fast,
             subset=options.subset,
             workers=options.workers,
+            gets=self._gets,
         )
         # And the last key of each.
         self._known_pages: OrderedDict[PageRef, Key] = OrderedDict()
@@ -148,7 +172,7 @@ class Checking:
 
         Returns what was found of the files if that is how it is; else they are to be verified anew, and to be told of.
         """
-        ahead = Checking(self._repository, self._options, Progress())
+        ahead = Checking(self._repository, self._options, Progress(), self._gets)
         well = False
 
         async def walk() -> None:
@@ -157,13 +181,26 @@ class Checking:
                 await ahead.snapshots(targets)
                 well = ahead.damage.summary.clean
 
-        async with anyio.create_task_group() as group:
-            # Who wants to see each file is to see it once.
-            if self._progress.on_item is None and self.damage.summary.clean:
-                group.start_soon(walk)
-            await self.packs.run(None)
-            if not self.damage.summary.clean:
-                group.cancel_scope.cancel()
+        async def show() -> None:
+            """Once the packs are done: how far the files are."""
+            self._progress.phase = "files"
+            self._progress.files_total = sum(snapshot.header.counts.files for snapshot, _ in targets)
+            while True:
+                self._progress.files = ahead._progress.files
+                await anyio.sleep(_SHOW_S)
+
+        async with anyio.create_task_group() as shown:
+            async with anyio.create_task_group() as group:
+                # Who wants to see each file is to see it once.
+                if self._progress.on_item is None and self.damage.summary.clean:
+                    group.start_soon(walk)
+                await self.packs.run(None)
+                if not self.damage.summary.clean:
+                    group.cancel_scope.cancel()
+                elif self._progress.on_item is None:
+                    shown.start_soon(show)
+            shown.cancel_scope.cancel()
+        self._progress.files = 0
         return ahead.damage.summary if well and self.damage.summary.clean else None
 
     def take_over(self, found: CheckSummary) -> None:
@@ -176,7 +213,9 @@ class Checking:
         """Go by this view of the index."""
         repository = self._repository
         self._mirror = mirror
-        self._fetcher = Fetcher(repository.connector, repository.sealer, mirror, id_key=repository.secrets.id_key)
+        self._fetcher = Fetcher(
+            repository.connector, repository.sealer, mirror, id_key=repository.secrets.id_key, gets=self._gets
+        )
 
     def _catalog(self, snapshot: Snapshot, lost: Callable[[bytes, str], None]) -> Catalog:
         return Catalog(snapshot.header.catalog, snapshot.header.depth, self._fetcher.load, lost=lost)

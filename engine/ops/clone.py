@@ -21,13 +21,14 @@ from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, N
 from coffret.engine import configuration, sealing, state
 from coffret.engine.clone_conflicts import check_sizes, check_snapshots, kinds_of
 from coffret.engine.clone_keys import check_removals, copy_keys
+from coffret.engine.configuration import CONFIG_NAME
 from coffret.engine.contents import list_contents, list_snapshots
 from coffret.engine.copier import Copier
 from coffret.engine.creation import probe
 from coffret.engine.errors import CoffretError, NoRepository, UsageError
 from coffret.engine.objects import put_once
 from coffret.engine.progress import Progress
-from coffret.engine.repository import CONFIG, OpenOptions, bare_storage, known_config
+from coffret.engine.repository import OpenOptions, bare_storage, known_config
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
@@ -115,8 +116,7 @@ class _Clone:
         """
         theirs: bytes | None = None
         try:
-            size_bytes = (await self._target.stat(CONFIG)).size_bytes
-            theirs = await self._target.get(CONFIG, length=min(size_bytes, configuration.MAX_CONFIG_BYTES + 1))
+            theirs = await self._target.peek(CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
         except NotFound:
             pass
         except NotStorage as error:
@@ -241,10 +241,10 @@ class _Clone:
             for note in await probe(self._target):
                 self._progress.note(note)
             try:
-                await put_once(self._target, CONFIG, self._data)
+                await put_once(self._target, CONFIG_NAME, self._data)
             except AlreadyExists:
                 raise _another(url) from None
-            self.copier.count(CONFIG, len(self._data))
+            self.copier.count(CONFIG_NAME, len(self._data))
         if note := await self._pin():
             self._progress.note(note)
 

@@ -42,7 +42,7 @@ class SlotInfo:
 
 async def list_slots(connector: Connector, config: bytes, secrets: Secrets) -> list[SlotInfo]:
     """The live slots, oldest first, with what is wrong with each. `config` is the stored object."""
-    live = (await read_keyring(connector)).live
+    live = (await read_keyring(connector, config_hash(config))).live
     infos = [describe_slot(slot, data, secrets, config) for slot, data in live.items()]
     return sorted(infos, key=lambda info: (info.created, info.slot_id))
 
@@ -56,7 +56,7 @@ async def add(
     """
     if not secrets.data_key:
         raise UsageError("the repository has no encryption, and so no passphrase", remedy="")
-    if len((await read_keyring(connector)).live) >= _ENOUGH_SLOTS:
+    if len((await read_keyring(connector, config_hash(config))).live) >= _ENOUGH_SLOTS:
         raise UsageError(f"the repository has {_ENOUGH_SLOTS} passphrases already", remedy="remove one of them first")
     slot, data = await to_thread.run_sync(
         lambda: wrap(secrets, passphrase, config_hash(config), label=label, cost=cost)
@@ -98,12 +98,12 @@ async def remove(connector: Connector, config: bytes, secrets: Secrets, slot: st
     """
     _check_storage(connector, exclusive)
     for _ in range(_TRIES):
-        keyring = await read_keyring(connector)
+        keyring = await read_keyring(connector, config_hash(config))
         if keyring.log_damaged:
             raise Damaged(f"keys/removed-{keyring.last} is damaged: what was removed before can't be told")
         if slot not in keyring.removed:
             _check_removable(keyring, slot, secrets, config)
-            if not await log_removal(connector, keyring, slot):
+            if not await log_removal(connector, keyring, slot, config_hash(config)):
                 continue
         for name in sorted({*keyring.undeleted, slot}):
             await connector.delete(slot_name(name))

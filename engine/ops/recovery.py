@@ -83,7 +83,7 @@ async def export(connector: Connector, config: bytes, secrets: Secrets) -> str:
     Slots that are damaged, or that nobody with the repository's keys made, are left out.
     """
     parsed = parse_config(config)
-    live = (await read_keyring(connector)).live
+    live = (await read_keyring(connector, config_hash(config))).live
     infos = [describe_slot(slot, data, secrets, config) for slot, data in live.items()]
     good = sorted((info for info in infos if not info.fault), key=lambda info: (info.created, info.slot_id))
     if parsed.encrypted:
@@ -158,7 +158,7 @@ async def _put_slots(
     cost: Cost | None,
 ) -> list[str]:
     """Put back the slots that are missing or damaged; return their ids."""
-    keyring = await read_keyring(connector)
+    keyring = await read_keyring(connector, config_hash(content.config))
     good = [
         slot
         for slot, data in content.slots.items()

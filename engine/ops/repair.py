@@ -9,6 +9,7 @@ import anyio
 
 from coffret.engine.errors import Damaged, LeaseLost, reported
 from coffret.engine.ops.check import Checking, CheckOptions
+from coffret.engine.ops.rm import remove
 from coffret.engine.repair_index import IndexRepair, IndexRepairOptions, IndexRepairSummary
 from coffret.engine.repair_snapshot import Repaired, SnapshotRepair
 
@@ -80,28 +81,34 @@ def _go_on(error: Exception, tries_left: int, progress: Progress) -> None:
 class SnapshotRepairOptions:
     """How deep to look. `fast`: go by the index, and by existence and size of packs, and read none.
 
-    `dry_run`: only tell what is lost. `workers`: how many processes verify packs; None for what was measured best.
+    `forget`: remove the damaged ones, once what is whole in them is in others. `dry_run`: only tell what is lost.
+    `workers`: how many processes verify packs; None for what was measured best.
     """
 
     fast: bool = False
+    forget: bool = False
     dry_run: bool = False
     workers: int | None = None
 
 
 @dataclass(slots=True)
 class SnapshotRepairSummary:
-    """What was found and done. `hopeless`: damaged snapshots of which nothing can be read, by id."""
+    """What was found and done. `hopeless`: damaged snapshots of which nothing can be read; `removed`: those that were.
+
+    Both by id.
+    """
 
     snapshots: int = 0
     damaged: list[Snapshot] = field(default_factory=list)
     repaired: list[Repaired] = field(default_factory=list)
     hopeless: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
 
 
 async def repair_snapshots(
     repository: Repository, snapshots: Sequence[Snapshot] | None, options: SnapshotRepairOptions, progress: Progress
 ) -> SnapshotRepairSummary:
-    """Make of each damaged one of these snapshots, or of all, another of what is whole in it. None is removed.
+    """Make of each damaged one of these snapshots, or of all, another of what is whole in it.
 
     :raises LeaseLost: if maintenance ended an attempt again and again
     """
@@ -118,6 +125,7 @@ async def repair_snapshots(
     for snapshot in [] if options.dry_run else summary.damaged:
         if (before := _repaired_before(snapshot, commits.snapshots)) is not None and before.id not in bad:
             progress.note(f"{snapshot.short_id} was repaired before: what is whole in it is in {before.short_id}")
+            await _forget(repository, snapshot, options, summary)
             continue
         try:
             repaired = await _repair(repository, snapshot, check, progress)
@@ -127,7 +135,17 @@ async def repair_snapshots(
             continue
         if repaired is not None:
             summary.repaired.append(repaired)
+            await _forget(repository, snapshot, options, summary)
     return summary
+
+
+async def _forget(
+    repository: Repository, snapshot: Snapshot, options: SnapshotRepairOptions, summary: SnapshotRepairSummary
+) -> None:
+    """Remove a damaged snapshot, if so asked, now that another is committed in its place."""
+    if options.forget:
+        await remove(repository, [snapshot])
+        summary.removed.append(snapshot.id)
 
 
 def _repaired_before(damaged: Snapshot, snapshots: Sequence[Snapshot]) -> Snapshot | None:

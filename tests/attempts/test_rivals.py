@@ -72,7 +72,7 @@ async def test_a_repository_restores_what_it_has_just_backed_up(source: Path) ->
 
 async def test_a_snapshot_is_committed_while_a_reader_lists(source: Path) -> None:
     """What is listed can be restored, whichever listing it comes between."""
-    for prefix in ("snapshots/", "index/", "removed/", "packs/"):
+    for prefix in ("snapshots/", "index/", "removed/"):
         storage, done = Storage(), list[str]()
 
         async def commit_now(method: str, name: str, before: str = prefix, done: list[str] = done) -> None:

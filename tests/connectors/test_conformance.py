@@ -156,6 +156,13 @@ class TestRanges:
         with pytest.raises(InvalidRange):
             await connector.get("index/a", offset=0, length=1)
 
+    async def test_of_unknown_size(self, connector: Connector) -> None:
+        large = os.urandom(3 * MIB)
+        for data in (b"", b"1", self.DATA, large):
+            await connector.put("index/a", [data])
+            for limit_bytes in (1, self.SIZE - 1, self.SIZE, self.SIZE + 1, 2 * MIB, 4 * MIB):
+                assert await connector.peek("index/a", limit_bytes) == data[:limit_bytes]
+
     async def test_large_into_an_aligned_buffer(self, connector: Connector) -> None:
         data = os.urandom(5 * MIB + 3)
         await connector.put("packs/aa/one", [aligned(data)])
@@ -163,6 +170,17 @@ class TestRanges:
         for offset in (0, PAGE, 12345, len(data) - len(buffer)):
             await connector.get_into("packs/aa/one", offset, buffer)
             assert buffer == data[offset : offset + len(buffer)]
+
+
+async def test_lists_in_turns(connector: Connector) -> None:
+    names = {f"{folder}/{number}" for folder in ("trash", "index", "removed") for number in range(3)}
+    for name in names:
+        await connector.put(name, [name.encode()])
+    found = await connector.list_turns([("trash/",), ("index/",), ("snapshots/", "removed/")])
+    assert found.keys() == {"trash/", "index/", "snapshots/", "removed/"}
+    for prefix, infos in found.items():
+        expected = [(name, len(name)) for name in sorted(names) if name.startswith(prefix)]
+        assert sorted((info.name, info.size_bytes) for info in infos) == expected
 
 
 class TestAbsence:
@@ -174,6 +192,8 @@ class TestAbsence:
                 await connector.get(name)
             with pytest.raises(NotFound):
                 await connector.get_into(name, 0, memoryview(bytearray(1)))
+            with pytest.raises(NotFound):
+                await connector.peek(name, 10)
             with pytest.raises(NotFound):
                 await connector.stat(name)
             await connector.delete(name)
@@ -194,6 +214,7 @@ class TestAbsence:
                 connector.put(name, [b""], if_absent=True),
                 connector.get(name),
                 connector.get_into(name, 0, memoryview(bytearray(1))),
+                connector.peek(name, 1),
                 connector.stat(name),
                 connector.delete(name),
             ):

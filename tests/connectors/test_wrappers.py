@@ -49,13 +49,14 @@ class TestRetry:
         buffer = bytearray(3)
         await connector.get_into("index/b", 2, memoryview(buffer))
         assert buffer == b"345"
+        assert await connector.peek("index/a", 3) == b"123"
         assert (await connector.stat("index/a")).size_bytes == 5
         assert [info.name async for info in connector.list("index/")] == ["index/a", "index/b"]
         await connector.delete("index/a")
         assert [info.name async for info in connector.list("index/")] == ["index/b"]
         assert [method for method, _ in faulty.calls[1::2]] == [method for method, _ in faulty.calls[::2]]
-        named = ("put index/a", "put index/b", "get index/a", "get index/b", "stat index/a", "list index/")
-        assert told == ["create", *named, "delete index/a", "list index/"]
+        read = ("get index/a", "get index/b", "get index/a", "stat index/a", "list index/")
+        assert told == ["create", "put index/a", "put index/b", *read, "delete index/a", "list index/"]
 
     async def test_a_lost_answer_of_a_put_if_absent(self) -> None:
         """The put took place: its own bytes are there."""

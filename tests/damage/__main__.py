@@ -32,7 +32,11 @@ def main() -> None:
                         if time.monotonic() > end:
                             print(campaign.tally)
                             return
-                        campaign.one(kind, path, how, body)
+                        try:
+                            campaign.one(kind, path, how, body)
+                        except BaseException:
+                            print(campaign.tally, flush=True)
+                            raise
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from coffret.engine.index import open_index
 from coffret.engine.keyring import read_keyring
 from coffret.engine.keys import Cost
 from coffret.engine.mirror_store import Store
+from coffret.engine.objects import list_objects
 from coffret.engine.ops import recovery
 from coffret.engine.packfile import TRAILER, PackBuilder, open_block
 from coffret.engine.records import (
@@ -135,7 +136,7 @@ async def _open_footer(sealer: Sealer, data: bytes) -> None:
 async def _marks(sealer: Sealer, data: bytes) -> None:
     storage = MemoryConnector()
     await storage.put("trash/1", [data])
-    await open_marks(storage, sealer)
+    await open_marks(storage, sealer, await list_objects(storage, "trash/"))
 
 
 async def _keyring(name: str, data: bytes) -> None:

@@ -125,7 +125,7 @@ class Maker:
             )
             await keyring.put_slot(self.connector, slot_id, data)
             ids.append(slot_id)
-        assert await keyring.log_removal(self.connector, await keyring.read_keyring(self.connector), ids[-1])
+        assert await keyring.log_removal(self.connector, await keyring.read_keyring(self.connector), ids[-1], digest)
 
     async def _marks(self, swept: PackTable, doomed: PackTable) -> None:
         await self._seal(sealing.MARK, "trash/1", "gone", encode(Mark(swept.pack)))

@@ -45,7 +45,11 @@ class Reader:
 
     def _unlock(self, config_hash: bytes) -> bytes:
         removals = sorted(self._under("keys/removed-"), key=lambda name: int(name.rpartition("-")[2]))
-        removed = json.loads(self.objects[removals[-1]])["removed"] if removals else []
+        removed = []
+        if removals:
+            log = json.loads(self.objects[removals[-1]])
+            assert (log["config"], log["number"]) == (config_hash.hex(), len(removals))
+            removed = log["removed"]
         for name in self._under("keys/"):
             slot_id = name.removeprefix("keys/")
             if slot_id in removed or name in removals:

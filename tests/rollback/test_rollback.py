@@ -187,6 +187,9 @@ def test_expected_state(run: Here, tmp_path: Path) -> None:
     assert newest == state(run)
     for expected in (older, told, newest, f" {newest.upper()} "):
         run("check", "--fast", "--expect-state", expected, environment=elsewhere(run))
+    made = run("backup", source, "--workers", "1", "--json", "--expect-state", told, environment=elsewhere(run)).summary
+    assert made["state"] == state(run)
+    newest = state(run)
     outcome = run("ls", "--expect-state", "0" * 32, codes=(1,), environment=elsewhere(run))
     assert newest in outcome.stderr
     run.repository.rename(tmp_path / "newer")
