@@ -168,8 +168,14 @@ class Attempt:
             raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
 
     async def clock(self) -> float:
-        """The storage's time now (s since 1970), as far as the lease was put or refreshed just now."""
-        return (await self._connector.stat(self._lease_name)).mtime_s
+        """The storage's time now (s since 1970), as far as the lease was put or refreshed just now.
+
+        :raises LeaseLost: if another process has taken it away, and so ended this attempt
+        """
+        try:
+            return (await self._connector.stat(self._lease_name)).mtime_s
+        except NotFound:
+            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
 
     async def end(self) -> str:
         """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".
