@@ -112,3 +112,8 @@ async def _list(connector: Connector, prefix: str, sizes: dict[str, int], found:
             sizes[info.name] = info.size_bytes
         else:
             found.strange += 1
+
+
+def open_marks(contents: Contents) -> list[str]:
+    """The marks that are not done."""
+    return [name for name in contents.trash if "-" not in name and f"{name}-done" not in contents.trash]

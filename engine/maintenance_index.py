@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coffret.engine.records import REF_BYTES, UNNAMED, PackTable, iter_refs
+from coffret.engine.records import REF_BYTES, UNNAMED, PackTable, iter_refs, refs_length
 from coffret.engine.sealing import HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -15,10 +15,14 @@ _HELD_CHUNKS = 100_000
 
 
 def covered(table: PackTable) -> int:
-    """Up to which offset a table names all chunks of its pack: blocks follow one another, and nothing is unnamed."""
+    """Up to which offset a table names all chunks of its pack: blocks follow one another, and nothing is unnamed.
+
+    A table of what was adopted may name the first chunks of a block only.
+    """
     at = HEADER_BYTES
     for block in table.blocks:
-        if block.offset != at or any(chunk_id == UNNAMED for chunk_id, _ in iter_refs(block.refs)):
+        whole = refs_length(block.refs) == block.raw_bytes
+        if block.offset != at or not whole or any(chunk_id == UNNAMED for chunk_id, _ in iter_refs(block.refs)):
             break
         at += block.stored_bytes
     return at

@@ -53,14 +53,17 @@ async def clear_the_dead(repository: Repository, scene: Scene, now_s: float, gra
         left[attempt] = max(scene.pack_infos[pack].mtime_s, left.get(attempt, 0.0))
     # After all that: an attempt whose objects were seen, and that has no lease now, commits no more.
     leases = {info.name.partition("/")[2]: info for info in await list_objects(connector, "leases/")}
-    dead = find_dead(leases, scene.ended, left, now_s=now_s, grace_s=grace_s, own=scene.attempt.id.hex())
+    # Whose snapshot was removed has ended, also in the moment in which some servers replace it by a small end.
+    removed = {info.name.rpartition("-")[2] for info in await list_objects(connector, "removed/")}
+    ended = scene.ended | removed
+    dead = find_dead(leases, ended, left, now_s=now_s, grace_s=grace_s, own=scene.attempt.id.hex())
     for attempt in sorted(dead.drop):
         await connector.delete(f"leases/{attempt}")
-    ended = 0
+    buried = 0
     for attempt in sorted(dead.bury):
         if _is_attempt(attempt):
-            ended += await bury(connector, repository.sealer, attempt, scene.attempt.id)
-    return ended
+            buried += await bury(connector, repository.sealer, attempt, scene.attempt.id)
+    return buried
 
 
 def _is_attempt(text: str) -> bool:

@@ -86,7 +86,9 @@ async def record_seen(connector: Connector, sealer: Sealer, attempt: bytes, numb
     :raises Damaged: if what was recorded before is not what was stored
     """
     name = f"trash/{number}-seen"
-    leases = [info.name.partition("/")[2] for info in await list_objects(connector, "leases/")]
+    leases: set[str] = set()
+    for _ in range(2):  # some servers replace a lease by removing the old one first: it may be missing for a moment
+        leases |= {info.name.partition("/")[2] for info in await list_objects(connector, "leases/")}
     at_work = [bytes.fromhex(lease) for lease in sorted(leases) if _ATTEMPT.fullmatch(lease)]
     if await _put(connector, sealer, attempt, name, Seen(b"".join(at_work))):
         return frozenset(each.hex() for each in at_work)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from coffret.engine.mirror_view import View
 
 _SET = re.compile(rb"[^\0]")
-# What a place is worth: nothing, to be copied out of, to be kept.
-_NOTHING, _DOOMED, _GOOD = 0, 1, 2
+# What a place is worth: nothing; a pack that was found to be bad, marked or not; to be copied out of; to be kept.
+_NOTHING, _BAD_AND_DOOMED, _BAD, _DOOMED, _GOOD = range(5)
 _NO_PACK = b""
 # What a chunk takes in the footer of its pack.
 _OVERHEAD_BYTES = 36
@@ -36,12 +36,15 @@ _Place = tuple[int, int]
 class Needs:
     """The chunks that are needed, by where they lie. For one thread at a time.
 
-    `packs`: the packs there are, with their sizes. After everything was taken: `live` has the stored bytes needed of
-    each pack that holds something, and `copies` the number of chunks to be copied out of each doomed one.
+    `packs`: the packs there are, with their sizes; `bad`: those that were found to be damaged, which hold a chunk only
+    where nothing else does. After everything was taken: `live` has the stored bytes needed of each pack that holds
+    something, and `copies` the number of chunks to be copied out of each doomed one.
     """
 
-    def __init__(self, view: View, packs: Mapping[bytes, int], *, doomed: Collection[bytes] = ()) -> None:
-        self._view, self._packs, self._doomed = view, packs, frozenset(doomed)
+    def __init__(
+        self, view: View, packs: Mapping[bytes, int], *, doomed: Collection[bytes] = (), bad: Collection[bytes] = ()
+    ) -> None:
+        self._view, self._packs, self._doomed, self._bad = view, packs, frozenset(doomed), frozenset(bad)
         self._taken, self._copied, self._meta = self._bits(), self._bits(), self._bits()
         self._entered: dict[int, list[bytearray]] = {}
         self._entered_long: set[bytes] = set()
@@ -63,7 +66,7 @@ class Needs:
                 _set(self._meta, place)
             if _set(self._taken, place):
                 self.live[pack] = self.live.get(pack, 0) + share
-                if worth == _DOOMED and _set(self._copied, place):
+                if worth in (_DOOMED, _BAD_AND_DOOMED) and _set(self._copied, place):
                     self.copies[pack] = self.copies.get(pack, 0) + 1
         return b"".join(nowhere)
 
@@ -117,7 +120,10 @@ class Needs:
         if span is not None and self._view.state(span) == SURE:
             pack, _, size_bytes = run.pack(section)
             if self._packs.get(pack) == size_bytes:
-                found = (_DOOMED if pack in self._doomed else _GOOD, pack)
+                if pack in self._bad:
+                    found = (_BAD_AND_DOOMED if pack in self._doomed else _BAD, pack)
+                else:
+                    found = (_DOOMED if pack in self._doomed else _GOOD, pack)
         self._sections[at][section] = found
         return found
 

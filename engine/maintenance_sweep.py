@@ -210,9 +210,13 @@ class Merge(_Replacing):
         await self._scene.look()
         commits, marked = self._attempt.commits, self._attempt.marked
         spared = await self._scene.naming(marked) if marked else frozenset()
+        # What was listed after the attempt's view of the index is not known to name nothing that is marked.
+        known = self._attempt.mirror.objects
         ours = [info for info in self._scene.index if info.name not in spared]
         small = {
-            info.name for info in ours if info.size_bytes < _SMALL_BYTES and attempt_of(info.name) in commits.committed
+            info.name
+            for info in ours
+            if info.name in known and info.size_bytes < _SMALL_BYTES and attempt_of(info.name) in commits.committed
         }
         # Void ones may name what is marked.
         void = set() if marked else {info.name for info in ours if attempt_of(info.name) in commits.revoked}

@@ -98,7 +98,7 @@ class Scene:
 
         :raises Unresolved: if something can't be found
         """
-        needs = Needs(self.view, self.packs, doomed=doomed)
+        needs = Needs(self.view, self.packs, doomed=doomed, bad=self.attempt.mirror.bad_packs)
         resolver = Resolver(needs, self._repository.fetcher(self.attempt.mirror), self._progress)
         commits = self.attempt.commits
         for snapshot in (*commits.snapshots, *commits.hidden):

@@ -2,8 +2,8 @@
 
 Of each group, the newest snapshot first: `last` keeps so many; `hourly` … `yearly` keep the newest of each hour … year,
 for so many hours … years that have one; while a rule has some left, it keeps the oldest snapshot as well, so that the
-history reaches as far back as it can. `within` goes back from the newest snapshot, not from now. What one rule keeps is
-kept. Hours, days, weeks (from Monday), months and years are those of a time zone.
+history reaches as far back as it can. `within` goes back from the newest snapshot that is not in the future, not from
+now. What one rule keeps is kept. Hours, days, weeks (from Monday), months and years are those of a time zone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
+from time import time_ns
 from typing import TYPE_CHECKING
 
 from coffret.engine.errors import UsageError
@@ -134,13 +135,21 @@ _PERIODS: Mapping[str, Callable[[datetime, int], object]] = {
 assert [*_PERIODS] == [each.name for each in fields(Policy)][: len(_PERIODS)]
 
 
-def decide(snapshots: Iterable[Snapshot], policy: Policy, zone: tzinfo | None = None) -> list[Decision]:
-    """Decide about the snapshots of one group, the newest first. `zone`: None for this machine's."""
+def decide(
+    snapshots: Iterable[Snapshot], policy: Policy, zone: tzinfo | None = None, *, now_ns: int | None = None
+) -> list[Decision]:
+    """Decide about the snapshots of one group, the newest first. `zone`: None for this machine's.
+
+    `within` counts from the newest that is not later than `now_ns` (None: than now): a clock that is fast by years must
+    not age all others.
+    """
+    now_ns = time_ns() if now_ns is None else now_ns
     ordered = sorted(snapshots, key=lambda snapshot: (-snapshot.header.time_ns, snapshot.id))
     times = [_local(snapshot, zone) for snapshot in ordered]
     rules = [_Rule(name, getattr(policy, name), period) for name, period in _PERIODS.items()]
     within = policy.within != Duration()
-    begin = policy.within.before(times[0]) if times else None
+    past = [time for snapshot, time in zip(ordered, times, strict=True) if snapshot.header.time_ns <= now_ns]
+    begin = policy.within.before((past or times)[0]) if times else None
     decisions = []
     for number, (snapshot, time) in enumerate(zip(ordered, times, strict=True)):
         oldest = number == len(ordered) - 1

@@ -16,7 +16,9 @@ from coffret.engine.catalog_walk import LoadedPage
 from coffret.engine.mirror import Mirror
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.ops.check import CheckOptions
+from coffret.engine.ops.maintenance import MaintenanceOptions, maintain
 from coffret.engine.pipeline import Limits
+from coffret.engine.progress import Progress
 from coffret.engine.recheck import Recheck
 from coffret.engine.records import Entry, Extra, PageRef, Section, pack_ref
 
@@ -330,3 +332,19 @@ async def test_a_catalog_is_vouched_for_only_while_nothing_is_lost(tmp_path: Pat
         await one.doubt()
         await refresh(two, held)
         assert not two.is_sound(b"root 3")
+
+
+async def test_maintenance_keeps_the_healed_copy(home: Home) -> None:
+    """Of two packs with the same content it keeps the one that was not found to be damaged, whatever their names."""
+    for _ in range(3):
+        [bad, *_] = home.packs()
+        data = bytearray(bad.read_bytes())
+        data[len(data) // 2] ^= 1
+        put_in_place(bad, bytes(data))
+        async with repository(home.path) as opened:
+            assert not (await opened.check()).clean
+        await home.backup()
+        async with repository(home.path) as opened:
+            await maintain(opened, MaintenanceOptions(grace_s=0), Progress())
+        assert bad not in home.packs()
+        assert await home.restores()

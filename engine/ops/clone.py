@@ -11,10 +11,13 @@ that was copied.
 
 from __future__ import annotations
 
+import os
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import anyio
 from anyio import to_thread
 
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
@@ -22,15 +25,18 @@ from coffret.engine import configuration, sealing, state
 from coffret.engine.clone_conflicts import check_sizes, check_snapshots, kinds_of
 from coffret.engine.clone_keys import check_removals, copy_keys
 from coffret.engine.configuration import CONFIG_NAME
-from coffret.engine.contents import list_contents, list_snapshots
+from coffret.engine.contents import list_contents, list_snapshots, open_marks
 from coffret.engine.copier import Copier
 from coffret.engine.creation import probe
-from coffret.engine.errors import CoffretError, NoRepository, UsageError
+from coffret.engine.errors import CoffretError, InTheWay, NoRepository, UsageError
 from coffret.engine.objects import put_once
 from coffret.engine.progress import Progress
 from coffret.engine.repository import OpenOptions, bare_storage, known_config
+from coffret.engine.settings import LEASE_REFRESH_S
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from coffret.connectors.base import Connector
     from coffret.engine.contents import Contents
     from coffret.engine.records import Config
@@ -153,9 +159,52 @@ class _Clone:
         :raises CoffretError: if the repository never comes to rest
         """
         self._progress.subject = self._config.repository_id[:8]
+        async with self._at_work():
+            await self._passes()
+
+    @asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[None]:
+        """Hold a lease in a copy that is one already: maintenance there waits for it, as for any writer's.
+
+        Without keys it can't be sealed; that it is there is what counts.
+        """
+        if not self._exists:
+            yield
+            return
+        name, failure = f"leases/{os.urandom(16).hex()}", None
+
+        async def put() -> None:
+            await self._target.put(name, [b"clone " + os.urandom(16)])
+
+        async def keep() -> None:
+            while True:
+                await anyio.sleep(LEASE_REFRESH_S)
+                with suppress(ConnectorError):
+                    await put()
+
+        async with anyio.create_task_group() as group:
+            try:
+                await put()
+                group.start_soon(keep)
+                yield
+            except Exception as error:
+                failure = error  # in no group
+            finally:
+                group.cancel_scope.cancel()
+                with anyio.CancelScope(shield=True), suppress(ConnectorError):
+                    await self._target.delete(name)
+        if failure is not None:
+            raise failure
+
+    async def _passes(self) -> None:
         for number in range(_PASSES):
             listed, self._listed = self._listed or await list_contents(self._source), None
             there = await list_contents(self._target)
+            if own := {name for name in open_marks(there) if name not in listed.trash}:
+                raise InTheWay(
+                    f"maintenance is at work in {self._target.location}: {min(own)} says what it will take away",
+                    remedy="do without maintenance in a copy; or let it end, and run the command again",
+                )
             await check_snapshots(self._source, self._target, listed, there, same_size=self._exists)
             if number == 0:
                 await self._begin(listed, there)

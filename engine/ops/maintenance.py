@@ -37,6 +37,7 @@ from coffret.engine.snapshot import snapshot_name
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from coffret.connectors.base import ObjectInfo
     from coffret.engine.maintenance_marks import Marks
     from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
@@ -275,7 +276,10 @@ class _Maintenance:
             ended = {info.name.partition("/")[2]: info.mtime_s for info in listed}
             if not (waiting := seen - ended.keys()):
                 return ended
-            leases = {info.name.partition("/")[2]: info for info in await list_objects(self._connector, "leases/")}
+            leases: dict[str, ObjectInfo] = {}
+            for _ in range(2):  # one may be missing while it is replaced
+                found = await list_objects(self._connector, "leases/")
+                leases |= {info.name.partition("/")[2]: info for info in found}
             for each in sorted(waiting):
                 lease = leases.get(each)
                 if lease is not None and now_s - lease.mtime_s <= DEAD_AFTER_S:

@@ -67,8 +67,10 @@ def tables(draw: st.DrawFn) -> list[PackTable]:
         for number in range(3):
             ids = [bytes([pack, number, inner]) + bytes(29) for inner in range(2)]
             kept = [draw(st.integers(0, 3)) > 0 for _ in ids]
-            refs = b"".join(pack_ref(each if keep else UNNAMED, 10) for each, keep in zip(ids, kept, strict=True))
-            if draw(st.integers(0, 3)) > 0:
+            while kept and not kept[-1] and draw(st.booleans()):  # as what is adopted of a block is told
+                kept.pop()
+            refs = b"".join(pack_ref(each if keep else UNNAMED, 10) for each, keep in zip(ids, kept, strict=False))
+            if refs and draw(st.integers(0, 3)) > 0:
                 blocks.append(Block(at, 36, 20, 0, refs))
             at += 36
         found.append(PackTable(bytes([pack]) * 32, bytes(64), at + 100, blocks))
