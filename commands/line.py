@@ -30,6 +30,7 @@ COMMANDS = {
     "clone": ("clone", "Make an exact copy of the repository, or bring one up to date."),
     "rm": ("rm", "Remove snapshots from the list."),
     "prune": ("prune", "Remove the snapshots that a policy does not keep."),
+    "maintenance": ("maintenance", "Give back the space of what was removed."),
     "info": ("info", "Tell what is known of a repository."),
     "passphrase": ("passphrase", "Add, change, remove, list or export passphrases."),
     "server": ("server", "Serve a repository to other hosts; make tokens for them."),

@@ -88,7 +88,7 @@ def _options(given: dict[str, Any]) -> PruneOptions:
     if policy.empty:
         raise UsageError(
             "nothing says which snapshots to keep",
-            remedy="give a --keep-... option, or name snapshots to `coffret at REPO rm`",
+            remedy="give a --keep-... option; `coffret at REPO maintenance` gives back space of what was removed",
         )
     return PruneOptions(
         policy,

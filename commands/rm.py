@@ -13,7 +13,7 @@ from coffret.engine.errors import UsageError
 
 @click.command(
     epilog=EPILOG,
-    help="Remove snapshots from the list. What they hold stays in the repository.",
+    help="Remove snapshots from the list. `coffret maintenance` gives back the space that only they took.",
 )
 @click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")

@@ -42,7 +42,7 @@ DAMAGE_FOUND = 4
 # The variables that give the passphrase of the other repository of a command begin so.
 PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
 # Commands that, interrupted, go on where they were when they are run again.
-_TAKEN_UP = ("backup", "push", "clone")
+_TAKEN_UP = ("backup", "push", "clone", "sync")
 _SWITCH_S = 0.0005
 _GC_THRESHOLD = 50_000
 

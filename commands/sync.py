@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -129,9 +130,12 @@ async def _legs(session: Session, legs: Sequence[Leg], selection: Selection, giv
         check_pair(leg.source, leg.target)
         source, target = listed[id(leg.source)], listed[id(leg.target)]
         found.append((leg, lacking(source, target, selection, both_ways=len(legs) > 1)))
-    copied, damaged = 0, sum(len(commits.damaged) for commits in listed.values())
-    for _, reason in (each for commits in listed.values() for each in commits.damaged):
-        session.display.note(f"left out, since it is damaged: {reason}")
+    copied = damaged = 0
+    for repository in (legs[0].source, legs[0].target):
+        for _, reason in listed[id(repository)].damaged:
+            session.display.note(f"{repository.connector.location}: left out, since it is damaged: {reason}")
+    if not selection.named:  # what else may be meant can't be copied
+        damaged = sum(len(listed[id(leg.source)].damaged) for leg in legs)
     for leg, lack in found:
         if lack.removed:
             _tell_removed(session, leg, lack.removed)
@@ -140,7 +144,7 @@ async def _legs(session: Session, legs: Sequence[Leg], selection: Selection, giv
             for snapshot in lack.snapshots:
                 _show(session, leg, snapshot)
         else:
-            options = _options(session, leg, given["compression"])
+            options = replace(_options(session, leg, given["compression"]), back=lack.back)
             summary = await leg.target.sync(leg.source, lack.snapshots, options, session.display.progress)
             copied, damaged = copied + len(summary.copied), damaged + len(summary.damaged)
     progress = session.display.progress

@@ -135,7 +135,10 @@ class Client:
                     try:
                         if answer.status >= 300:
                             raise await self._refused(answer, where)
-                        return await read(answer, watch)
+                        result = await read(answer, watch)
+                        if body is not None and not body.finished:
+                            drop(answer)
+                        return result
                     except BaseException:
                         drop(answer)
                         raise
@@ -149,8 +152,7 @@ class Client:
     async def _refused(self, answer: ClientResponse, where: str) -> ConnectorError:
         word, message = answer.headers.get(ERROR_HEADER, ""), b""
         if word:
-            # To its end, so that the connection can be used again; the library sees to it that it is not if the body of
-            # the request has not gone out.
+            # To its end, so that the connection can be used again, unless the body of the request has not gone out.
             while len(message) < _MAX_MESSAGE_BYTES and (piece := await answer.content.readany()):
                 message += piece
         text = "".join(c if c.isprintable() else " " for c in message.decode("utf-8", "replace")).strip()
@@ -203,7 +205,7 @@ def drop(answer: ClientResponse) -> None:
 
     Its connection is cut at once. Over TLS an orderly end would wait for the other side.
     """
-    connection = answer.connection
+    connection = answer.connection  # None if it is free for others
     if connection is not None and connection.transport is not None:
         connection.transport.abort()
     answer.close()

@@ -52,13 +52,15 @@ class Body:
         self.watch, self.sha256_hex = watch, sha256_hex
         self._pace = pace if pace and pace.upload.limited else None
         self._piece_bytes = _PACED_PIECE_BYTES if self._pace else _PIECE_BYTES
-        self._begun = False
+        self._begun = self._released = False
+        #: Whether all of it has gone to the connection.
+        self.finished = False
         self._index = self._at = self._position = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """To the begin or the end: nothing else is asked for."""
         self._position = self._size_bytes if whence == os.SEEK_END else offset
-        self._begun, self._index, self._at = False, 0, 0
+        self._begun, self.finished, self._index, self._at = False, False, 0, 0
         return self._position
 
     def tell(self) -> int:
@@ -71,8 +73,12 @@ class Body:
         return data
 
     def release(self) -> None:
-        """Let go of the caller's buffers."""
-        self._begun, self._index, self._views = True, 0, []
+        """Let go of the caller's buffers.
+
+        Whoever would still send is told that it failed: a connection on which less has gone than was announced must
+        never be used again, since the next request would be taken for the rest.
+        """
+        self._begun, self._released, self._index, self._views = True, True, 0, []
 
     def __aiter__(self) -> Body:
         if self._begun:
@@ -80,10 +86,13 @@ class Body:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._released and not self.finished:
+            raise ConnectionResetError("the request was over before its body had gone")
         while self._index < len(self._views) and self._at == len(self._views[self._index]):
             self._index, self._at = self._index + 1, 0
         self._begun = True
         if self._index == len(self._views):
+            self.finished = True
             self.watch.moved(times=2)
             raise StopAsyncIteration
         piece = bytes(self._views[self._index][self._at : self._at + self._piece_bytes])

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
+    from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
     from coffret.engine.snapshot import Commits, Snapshot
@@ -77,6 +78,8 @@ class Attempt:
         self.mirror.relist = self._relist
         self.marked: frozenset[bytes] = frozenset()
         self.damaged: list[tuple[str, str]] = []
+        #: Whether something was put that counts only once the attempt has ended well.
+        self.unfinished = False
         self._leased = False
         self.commits: Commits
 
@@ -110,6 +113,16 @@ class Attempt:
             self._connector, self._sealer, self.mirror, listed, self.commits, own=self.id, audit=audit or None
         )
 
+    def tell(self, progress: Progress) -> None:
+        """Tell what was found to be wrong with the repository when the attempt began."""
+        for _, reason in self.damaged:
+            progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
+        if bad := len(self.mirror.bad_packs):
+            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
+            progress.note(f"{packs} missing or damaged; what {held} is stored again where the source still has it")
+        if self.mirror.left:
+            progress.note(f"no local cache is used: {self.mirror.left}")
+
     async def keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
         while True:
@@ -141,6 +154,22 @@ class Attempt:
             raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
         if self._kept is not None:  # the next run begins with reading it
             await self._kept.keep({name: body})
+
+    async def conclude(self) -> None:
+        """End without a snapshot, as maintenance does: from now on what the attempt's index objects say counts.
+
+        :raises LeaseLost: if another process has ended this attempt
+        """
+        name = snapshot_name(self.id)
+        body = self._sealer.seal(sealing.END, name, self.id, encode(End("maintained", time.time_ns())))
+        try:
+            await put_once(self._connector, name, body)
+        except AlreadyExists:
+            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
+
+    async def clock(self) -> float:
+        """The storage's time now (s since 1970), as far as the lease was put or refreshed just now."""
+        return (await self._connector.stat(self._lease_name)).mtime_s
 
     async def end(self) -> str:
         """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".

@@ -138,8 +138,10 @@ class PackCheck:
     ) -> None:
         name = pack_name(table.pack)
         size_bytes = self.found.get(name)
+        if size_bytes is None and first:
+            size_bytes = await self._since(name)
         if size_bytes is None:
-            if first:
+            if first and await self._since(index) is not None:
                 self._damage.pack(table.pack, [(WHOLE, "is missing")])
         elif pool is None or group is None or (self._chosen is not None and name not in self._chosen):
             if size_bytes != table.size_bytes and first:
@@ -153,6 +155,19 @@ class PackCheck:
         else:
             slab = await pool.acquire()
             group.start_soon(self._pack, pool, slab, index, table, size_bytes)
+
+    async def _since(self, name: str) -> int | None:
+        """The size of an object that was not listed: it may have been put since.
+
+        Maintenance deletes index objects before the packs they name: where both are gone, nothing is damaged.
+        """
+        try:
+            size_bytes = (await self._connector.stat(name)).size_bytes
+        except ConnectorError:
+            return None
+        if name.startswith("packs/"):
+            self.found[name] = size_bytes
+        return size_bytes
 
     async def _pack(self, pool: OpenPool, slab: int, index: str, table: PackTable, size_bytes: int) -> None:
         """Fetch a pack into a slab and have a worker verify it."""

@@ -18,14 +18,14 @@ from coffret.engine.opening import bare_storage, check_not_lost
 from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from coffret.connectors.base import Connector
     from coffret.engine.records import Config
     from coffret.engine.repository import Repository
 
-# Racing puts of one name, by which a storage shows whether they exclude each other.
-_RACERS = 4
+#: Racing puts of one name, by which a storage shows whether they exclude each other.
+RACERS = 4
 
 
 async def create_repository(
@@ -116,6 +116,25 @@ def _taken(url: str) -> UsageError:
     return UsageError(f"{url} is a repository already", remedy="use it, or choose another place")
 
 
+async def put_race(connector: Connector, name: str, bodies: Sequence[bytes]) -> int:
+    """Put bodies under one name at once, if absent, and delete it; how many were put: one, if the storage is right."""
+    winners = 0
+
+    async def put(body: bytes) -> None:
+        nonlocal winners
+        try:
+            await connector.put(name, [body], if_absent=True)
+            winners += 1
+        except AlreadyExists:
+            pass
+
+    async with anyio.create_task_group() as group:
+        for body in bodies:
+            group.start_soon(put, body)
+    await connector.delete(name)
+    return winners
+
+
 async def probe(connector: Connector) -> list[str]:
     """Race puts of one name, and see what the storage makes of it; return notes for the user.
 
@@ -123,21 +142,7 @@ async def probe(connector: Connector) -> list[str]:
 
     :raises NoRepository: if none of the puts succeeded
     """
-    name = f"leases/{os.urandom(16).hex()}"
-    winners = 0
-
-    async def put(number: int) -> None:
-        nonlocal winners
-        try:
-            await connector.put(name, [b"probe %d" % number], if_absent=True)
-            winners += 1
-        except AlreadyExists:
-            pass
-
-    async with anyio.create_task_group() as group:
-        for number in range(_RACERS):
-            group.start_soon(put, number)
-    await connector.delete(name)
+    winners = await put_race(connector, f"leases/{os.urandom(16).hex()}", [b"probe %d" % n for n in range(RACERS)])
     if not winners:
         raise NoRepository(
             f"{connector.location}: a new name is said to be taken", remedy="choose another storage: this one errs"

@@ -11,6 +11,7 @@ CoffretError                1
 ├── StorageError            1   a connector failed
 │   └── OutOfSpace         13
 ├── LeaseLost              11   another process ended this attempt
+├── InTheWay               11   another process has to end first
 ├── SourceError             1   the source can't be read at all
 ├── TargetError             1   the restore target can't be used
 └── WorkerDied              1   a process of the pool ended unexpectedly
@@ -108,6 +109,13 @@ class LeaseLost(CoffretError):
 
     exit_code = 11
     remedy = "run the command again"
+
+
+class InTheWay(CoffretError):
+    """Another process is at work, and has to end before this can be done."""
+
+    exit_code = 11
+    remedy = "run the command again when it has ended"
 
 
 class SourceError(CoffretError):

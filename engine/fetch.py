@@ -12,7 +12,7 @@ import anyio
 from anyio import to_thread
 from blake3 import blake3
 
-from coffret.connectors.errors import ConnectorError, InvalidRange, NotFound
+from coffret.connectors.errors import ConnectorError, InvalidRange, NotFound, PermissionRefused
 from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.packfile import open_block, pack_name
 from coffret.engine.records import ID_BYTES, REF_BYTES
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from coffret.engine.sealing import BlockCipher, Sealer
     from coffret.engine.storecache import StoreCache
 
+#: What a storage says of one object that can't be had, as opposed to one that can't be asked.
+LOST = (NotFound, InvalidRange, PermissionRefused)
 # One range is at most this long (bytes): it is held twice, sealed and open.
 MAX_RANGE_BYTES = 8 << 20
 _CIPHERS = 1024
@@ -79,15 +81,22 @@ class Fetcher:
         cache_bytes: int = 8 << 20,
         kept: StoreCache | None = None,
         gets: anyio.CapacityLimiter | None = None,
+        strict: bool = False,
     ) -> None:
-        """`gets`: shared with others that read from the same storage at the same time."""
+        """`gets`: shared with others that read from the same storage at the same time.
+
+        `strict`: where the storage can't be asked, that is an error of its own; else it is as if what is wanted were
+        damaged.
+        """
+        self._strict = strict
         self.connector, self.mirror, self.id_key, self._kept = connector, mirror, id_key, kept
         self._sealer = sealer
         self._cache: OrderedDict[BlockKey, bytes | memoryview] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._ciphers: OrderedDict[bytes, BlockCipher] = OrderedDict()
         self._lock = threading.Lock()
-        # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that.
+        # Packs that were found to be bad: what they hold is sought elsewhere. And whether all was listed anew for that,
+        # and nothing else was found: as long as there is, each sweep may have moved it once more.
         self._bad: set[bytes] = set()
         self._relisted = False
         self._gets = gets or anyio.CapacityLimiter(connector.capabilities.parallel_gets)
@@ -128,8 +137,9 @@ class Fetcher:
                 if missing.pack is not None and missing.pack not in self._bad:
                     self._bad.add(missing.pack)
                 elif self.mirror.relist is not None and not self._relisted:
-                    self._relisted = True
+                    before = frozenset(self.mirror.objects)
                     await self.mirror.relist()
+                    self._relisted = before == self.mirror.objects
                 else:
                     raise
 
@@ -218,12 +228,15 @@ class Fetcher:
         """The stored bytes of a range.
 
         :raises ChunkMissing: if they can't be had: the pack is gone, cut short or unreadable
+        :raises ConnectorError: if the storage can't be asked, and this is strict
         """
         name = pack_name(part.pack)
         async with self._gets:
             try:
                 return await self.connector.get(name, offset=part.begin, length=part.end - part.begin)
             except ConnectorError as error:
+                if self._strict and not isinstance(error, LOST):
+                    raise
                 raise ChunkMissing(unreadable(name, error), pack=part.pack) from None
 
     async def read_into(self, part: Range, view: memoryview) -> str:

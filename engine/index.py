@@ -53,14 +53,25 @@ class IndexWriter:
     What the attempt relies on without having stored it (`KnownChunks.adopted`) counts like what it has stored.
 
     An object is put only after the packs it names are durable, and merged into the mirror only after it is durable.
-    Without a mirror (a dry run) nothing becomes known.
+    Without a mirror (a dry run) nothing becomes known. `merging`: other index objects are to be replaced, so that only
+    how full one gets counts. `config` and `slots` are copied into the first object.
     """
 
     def __init__(
-        self, connector: Connector, sealer: Sealer, attempt: bytes, *, mirror: Mirror | None, known: KnownChunks
+        self,
+        connector: Connector,
+        sealer: Sealer,
+        attempt: bytes,
+        *,
+        mirror: Mirror | None,
+        known: KnownChunks,
+        merging: bool = False,
+        config: bytes = b"",
+        slots: Mapping[str, bytes] | None = None,
     ) -> None:
         self._connector, self._sealer, self._attempt = connector, sealer, attempt
         self._mirror, self._known = mirror, known
+        self._merging, self._config, self._slots = merging, config, dict(slots or {})
         self._tables: list[PackTable] = []
         self._chunks = self._bytes = self._number = 0
         self._last = monotonic()
@@ -77,8 +88,8 @@ class IndexWriter:
         """Publish if enough has come together, or some time ago."""
         if (
             self._chunks + len(self._known.adopted) >= INDEX_EVERY_CHUNKS
-            or self._bytes >= INDEX_EVERY_BYTES
-            or monotonic() - self._last >= INDEX_EVERY_S
+            or (self._bytes >= INDEX_EVERY_BYTES and not self._merging)
+            or (monotonic() - self._last >= INDEX_EVERY_S and not self._merging)
         ):
             await self.flush()
 
@@ -118,6 +129,8 @@ class IndexWriter:
 
     def _seal(self, name: str, tables: list[PackTable], adopted: Mapping[bytes, Location]) -> tuple[IndexObject, bytes]:
         index = IndexObject(tables + adopted_tables(adopted))
+        if name == index_name(self._attempt, 0):
+            index.config, index.slots = self._config, self._slots
         return index, self._sealer.seal(sealing.INDEX, name, self._attempt, encode(index), level=1)
 
 

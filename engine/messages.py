@@ -108,7 +108,7 @@ class Run:
 class RawBlock:
     """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in.
 
-    `packed`: the block as it is to be sealed, coded by `codec`, if it comes from another repository whole.
+    `packed`: the block as it is to be sealed, coded by `codec`, if it was stored before, whole, here or elsewhere.
     """
 
     meta: bool

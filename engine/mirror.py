@@ -138,6 +138,11 @@ class Mirror:
         self._owner, self.left = True, why
 
     @property
+    def seen(self) -> View:
+        """What look-ups go by now: it is never changed, only replaced."""
+        return self._view
+
+    @property
     def objects(self) -> KeysView[str]:
         """Names of the index objects that look-ups go by."""
         return self._view.objects.keys()

@@ -95,7 +95,7 @@ def sought(ids: Sequence[bytes]) -> list[Sought]:
 class Run:
     """A run, mapped into memory. Look-ups may be made in any thread; the file may be unlinked meanwhile."""
 
-    __slots__ = ("_bases", "_firsts", "_map", "_packs_at", "_rows_less", "_shift", "_table", "bits", "info")
+    __slots__ = ("_bases", "_firsts", "_map", "_packs_at", "_rows_at", "_rows_less", "_shift", "_table", "bits", "info")
 
     def __init__(self, folder: Path, info: RunInfo) -> None:
         """Map the run's file. Touching a page beyond its end would kill the process, so its size is checked first.
@@ -114,7 +114,8 @@ class Run:
         self._bases = list(accumulate((span.sections for span in info.spans), initial=0))
         # The row of a hint at `at` lies at `at * ROW.size + self._rows_less`.
         self._rows_less = HEADER.size + rows - HEADER.size * ROW.size
-        self._packs_at = HEADER.size + rows + rows * ROW.size
+        self._rows_at = HEADER.size + rows
+        self._packs_at = self._rows_at + rows * ROW.size
         table_at = self._packs_at + sections * PACK.size
         if (magic, token, rows, sections) != (MAGIC, info.token, info.rows, self._bases[-1]) or bits > 32:
             raise BadRun(f"{info.file_name} is not the run that was written")
@@ -158,6 +159,11 @@ class Run:
 
     def find(self, chunk_id: bytes) -> Iterator[tuple[bytes, int, int, int, int, int, int, int]]:
         """Iterate over the rows of a chunk, unpacked."""
+        for _, row in self.numbered(chunk_id):
+            yield row
+
+    def numbered(self, chunk_id: bytes) -> Iterator[tuple[int, tuple[bytes, int, int, int, int, int, int, int]]]:
+        """Iterate over the rows of a chunk as (number of the row in this run, row)."""
         bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift
         first, end = (at * ROW.size + self._rows_less for at in self._table[bucket : bucket + 2])
         at = first
@@ -165,8 +171,15 @@ class Run:
             if (at - first) % ROW.size:
                 at += 1
                 continue
-            yield ROW.unpack_from(self._map, at)
+            yield (at - self._rows_at) // ROW.size, ROW.unpack_from(self._map, at)
             at += ROW.size
+
+    def row(self, number: int) -> tuple[bytes, int, int, int, int, int, int, int]:
+        """The row with this number, unpacked."""
+        row: tuple[bytes, int, int, int, int, int, int, int] = ROW.unpack_from(
+            self._map, self._rows_at + number * ROW.size
+        )
+        return row
 
     def span(self, section: int) -> Span | None:
         """The span that a section belongs to; None if it is not one of this run's, as where the disk has failed."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 import zstandard
 
+from coffret.engine.errors import CoffretError
 from coffret.engine.flow import Waiters
 from coffret.engine.packfile import PackBuilder
 from coffret.engine.sealing import RAW, ZSTD
@@ -112,7 +113,15 @@ class Packer:
         return len(blocks), None, full
 
     async def make_room(self, body: Body) -> None:
-        """Open another pack in place of the one a block did not fit in."""
+        """Open another pack in place of the one a block did not fit in.
+
+        :raises CoffretError: if it fits in none
+        """
+        if not PackBuilder.fits(len(body.data), sum(map(len, body.block.refs)), self._pack_bytes):
+            raise CoffretError(
+                f"a block of {len(body.data)} bytes fits in no pack of {self._pack_bytes}",
+                remedy="use a repository that was made with larger packs",
+            )
         meta = body.block.meta
         async with self._turns[meta]:
             if self._current[meta] is not body.seen:

@@ -55,6 +55,12 @@ class PackBuilder:
         self.meta = False  # of catalogs
         buffer[:HEADER_BYTES] = self.header
 
+    @staticmethod
+    def fits(body_bytes: int, refs_bytes: int, pack_bytes: int) -> bool:
+        """Whether a block fits into an empty pack: its length before sealing, that of its refs, that of the pack."""
+        footer = _FOOTER_SLACK + _BLOCK_COST + refs_bytes
+        return HEADER_BYTES + body_bytes + TAG_BYTES + footer <= pack_bytes
+
     def reserve(self, body_bytes: int, raw_bytes: int, codec: int, refs: bytes) -> int | None:
         """Make room for a block of `body_bytes` before sealing; return its offset, or None when it does not fit."""
         stored = body_bytes + TAG_BYTES

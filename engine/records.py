@@ -135,6 +135,18 @@ class Mark(msgspec.Struct):
     packs: bytes
 
 
+class Seen(msgspec.Struct):
+    """`trash/<n>-seen`: the attempts that held a lease after the mark was put, one behind the other."""
+
+    attempts: bytes
+
+
+class Done(msgspec.Struct):
+    """`trash/<n>-done`: the mark is over since then (ns since 1970, UTC)."""
+
+    time_ns: int
+
+
 class End(msgspec.Struct):
     """`snapshots/<attempt>` where there is no snapshot: how the attempt ended, and when (ns since 1970, UTC).
 
@@ -232,6 +244,7 @@ UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 decode_index = msgspec.msgpack.Decoder(IndexObject).decode
 decode_page = msgspec.msgpack.Decoder(list[Section]).decode
 decode_node = msgspec.msgpack.Decoder(list[PageRef]).decode
+decode_seen = msgspec.msgpack.Decoder(Seen).decode
 decode_mark = msgspec.msgpack.Decoder(Mark).decode
 decode_removal = msgspec.msgpack.Decoder(Removal).decode
 decode_end = msgspec.msgpack.Decoder(End).decode

@@ -257,12 +257,15 @@ class Repository:
 
         return await check.check(self, targets, options or check.CheckOptions(), progress or Progress())
 
-    def fetcher(self, mirror: Mirror | None = None) -> Fetcher:
-        """What reads chunks back, by the readers' view of the index or another; with what is kept locally."""
+    def fetcher(self, mirror: Mirror | None = None, *, strict: bool = False) -> Fetcher:
+        """What reads chunks back, by the readers' view of the index or another; with what is kept locally.
+
+        `strict`: see `Fetcher`.
+        """
         from coffret.engine.fetch import Fetcher
 
         view = self.mirror if mirror is None else mirror
-        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept)
+        return Fetcher(self.connector, self.sealer, view, id_key=self.secrets.id_key, kept=self.kept, strict=strict)
 
     async def entries(
         self, snapshot: Snapshot, path: bytes, *, recursive: bool, lost: Callable[[bytes, str], None] | None = None

@@ -45,7 +45,11 @@ class Part:
 
 
 class Copies:
-    """Where chunks can be had elsewhere than was tried. Before one is lost, the repository is listed anew, once."""
+    """Where chunks can be had elsewhere than was tried.
+
+    Before one is lost, the repository is listed anew: as long as that shows other index objects than before, since each
+    sweep may have moved it once more.
+    """
 
     def __init__(self, mirror: Mirror, slab_bytes: int) -> None:
         self._mirror, self._slab_bytes = mirror, slab_bytes
@@ -68,8 +72,9 @@ class Copies:
                     return found
             if self._mirror.relist is None or self._relisted:
                 return None
-            self._relisted = True
+            before = frozenset(self._mirror.objects)
             await self._mirror.relist()
+            self._relisted = before == self._mirror.objects
 
     def usable(self, location: Location, length: int) -> bool:
         """Whether a chunk can be as a location says: of the length that its ref says, and no larger than any is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from coffret.engine.catalog_reader import clean_path
@@ -50,9 +50,10 @@ class Selection:
     @staticmethod
     def _find(commits: Commits, elsewhere: Commits | None, name: str) -> str:
         """The id of a snapshot that is named."""
-        here = any(each.id.startswith(name.lower()) for each in commits.snapshots)
-        latest = name == "latest" and commits.snapshots
-        return find_snapshot(commits if here or latest or elsewhere is None else elsewhere, name).id
+        if elsewhere is None or (name == "latest" and commits.snapshots):
+            return find_snapshot(commits, name).id
+        both = {each.id: each for each in (*elsewhere.snapshots, *commits.snapshots)}
+        return find_snapshot(replace(elsewhere, snapshots=list(both.values())), name).id
 
     def _passes(self, snapshot: Snapshot) -> bool:
         header = snapshot.header

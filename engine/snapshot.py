@@ -66,7 +66,9 @@ class Commits:
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
     writer that relies on it says it anew. `doubtful`: the names of damaged objects that may be a later snapshot than
     all others. `attempts`: all that committed a snapshot, by its id, without those that were removed: several hosts can
-    have copied one. `removed`: ids (hexadecimal) of snapshots that were removed and are not there.
+    have copied one; `hidden`: those that are not shown. `removed`: ids (hexadecimal) of snapshots that were removed and
+    are not there; `gone`: the attempts whose snapshots were removed, as far as these stand in snapshots/ still.
+    `maintained`: attempts of maintenance.
     """
 
     snapshots: list[Snapshot]
@@ -76,6 +78,9 @@ class Commits:
     doubtful: tuple[str, ...] = ()
     attempts: Mapping[bytes, tuple[bytes, ...]] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
+    hidden: tuple[Snapshot, ...] = ()
+    maintained: frozenset[str] = frozenset()
 
 
 def snapshot_name(attempt: bytes) -> str:
@@ -145,6 +150,9 @@ async def load_commits(
     found: dict[bytes, Snapshot] = {}
     attempts: dict[bytes, tuple[bytes, ...]] = {}
     revoked: set[str] = set()
+    maintained: set[str] = set()
+    gone: set[str] = set()
+    hidden: list[Snapshot] = []
     damaged: list[tuple[str, str]] = []
     known: dict[str, bytes] = {}
 
@@ -153,23 +161,25 @@ async def load_commits(
         try:
             snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
             if snapshot is None:
-                data = fetched[name] = await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
+                data = fetched[name] = await _read_end(connector, info)
                 snapshot = _open(sealer, name, data)
             if isinstance(snapshot, End):
-                if snapshot.outcome == "revoked":
-                    revoked.add(name.partition("/")[2])
+                if snapshot.outcome != "swept":
+                    (revoked if snapshot.outcome == "revoked" else maintained).add(name.partition("/")[2])
                 return
         except NotFound:
             return
         except Damaged as error:
             damaged.append((name, str(error)))
             return
-        if removal_name(snapshot.header.snapshot_id, snapshot.attempt) not in removed:
+        if removal_name(snapshot.header.snapshot_id, snapshot.attempt) in removed:
+            gone.add(snapshot.attempt.hex())
+        else:
             attempts[snapshot.header.snapshot_id] = (*attempts.get(snapshot.header.snapshot_id, ()), snapshot.attempt)
-            other = found.get(snapshot.header.snapshot_id)
-            if other is None or snapshot.attempt < other.attempt:
-                light = msgspec.structs.replace(snapshot.header, faults=[])
-                found[snapshot.header.snapshot_id] = replace(snapshot, header=light)
+            light = replace(snapshot, header=msgspec.structs.replace(snapshot.header, faults=[]))
+            other = found.get(snapshot.header.snapshot_id, light)
+            found[snapshot.header.snapshot_id] = min(light, other, key=lambda each: each.attempt)
+            hidden.extend([max(light, other, key=lambda each: each.attempt)] if other is not light else [])
 
     for batch in batches(infos, _AT_ONCE):
         known = await kept.get([info.name for info in batch]) if kept is not None else {}
@@ -183,10 +193,33 @@ async def load_commits(
     bad = {name for name, _ in damaged}
     committed = frozenset(info.name.partition("/")[2] for info in infos if info.name not in bad)
     doubtful = _not_older(infos, snapshots, bad)
-    gone = {match[1] for match in map(_REMOVAL.fullmatch, removed) if match} - {snapshot.id for snapshot in snapshots}
+    left = {match[1] for match in map(_REMOVAL.fullmatch, removed) if match} - {snapshot.id for snapshot in snapshots}
     return Commits(
-        snapshots, committed - revoked, frozenset(revoked), sorted(damaged), doubtful, attempts, frozenset(gone)
+        snapshots,
+        committed - revoked,
+        frozenset(revoked),
+        sorted(damaged),
+        doubtful,
+        attempts,
+        removed=frozenset(left),
+        gone=frozenset(gone),
+        hidden=tuple(hidden),
+        maintained=frozenset(maintained),
     )
+
+
+async def _read_end(connector: Connector, info: ObjectInfo) -> bytes:
+    """What stands there: maintenance puts a small end marker over a snapshot that was removed, at any time.
+
+    :raises Damaged: if it is not as large as it is listed
+    """
+    try:
+        return await read_listed(connector, info, MAX_SNAPSHOT_BYTES)
+    except Damaged:
+        now = info if info.size_bytes > MAX_SNAPSHOT_BYTES else await connector.stat(info.name)
+        if now.size_bytes == info.size_bytes:
+            raise
+        return await read_listed(connector, now, MAX_SNAPSHOT_BYTES)
 
 
 def _open(sealer: Sealer, name: str, data: bytes) -> Snapshot | End:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from coffret.engine.catalog import MAX_DEPTH
 from coffret.engine.catalog_walk import UNKNOWN, open_node, open_page, payload_length
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.messages import MetaChunks
@@ -30,7 +31,7 @@ from coffret.engine.records import (
 from coffret.engine.sync_ids import SyncIds, container_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
     from coffret.engine.catalog_walk import LoadedPage
     from coffret.engine.known import KnownChunks
@@ -41,17 +42,20 @@ if TYPE_CHECKING:
 # A window is moved when it names so many chunks (some KiB each while it is), or its pages and lists have so many
 # bytes: what lies at its edges may be read twice, so it is large.
 _WINDOW_CHUNKS, _WINDOW_BYTES = 1 << 15, 8 << 20
-# Pages read together, nodes, and lists of one file.
-_PAGES, _NODES, _LISTS = 32, 4, 16
-PAGE, NODE, LIST = "page", "node", "list"
+# Pages read together, nodes, and lists of one file; and so many bytes of them.
+_PAGES, _NODES, _LISTS, _TOGETHER_BYTES = 32, 4, 16, 4 << 20
+PAGE = 0
 
 
 @dataclass(slots=True)
 class _Window:
-    """Chunks wanted, by id, with their lengths; and the containers that name them, those below others first."""
+    """Chunks wanted, by id, with their lengths; and the containers that name them, those below others first.
+
+    A container is known by its key; it has a level (see `container_key`), refs and a payload.
+    """
 
     chunks: dict[bytes, int] = field(default_factory=dict)
-    containers: dict[bytes, tuple[str, bytes, bytes]] = field(default_factory=dict)
+    containers: dict[bytes, tuple[int, bytes, bytes]] = field(default_factory=dict)
     size_bytes: int = 0
 
     @property
@@ -88,24 +92,23 @@ class CatalogCopy:
 
         :raises Damaged: if it can't be read as it should be
         """
-        payload_length(root)
+        if not 0 <= depth <= MAX_DEPTH:
+            raise Damaged(f"a catalog of {depth} levels")
         await self._tree([PageRef(b"", b"", root, UNKNOWN, 0, 0)], depth)
         await self._flush()
-        return (await self._containers([root]))[0]
+        return (await self._containers([root], depth))[0]
 
     async def _tree(self, refs: Sequence[PageRef], height: int) -> None:
         """See to pages (height 0) or nodes, and to all below them."""
-        lacking = await self._lacking([ref.ref for ref in refs])
-        todo = [ref for ref in refs if ref.ref in lacking]
+        lacking = await self._lacking([ref.ref for ref in refs], height)
+        todo = {ref.ref: ref for ref in refs if ref.ref in lacking}
         self._pass(ref for ref in refs if ref.ref not in lacking)
-        step = _NODES if height else _PAGES
-        for at in range(0, len(todo), step):
-            part = todo[at : at + step]
-            for ref, payload in zip(part, await self._load([ref.ref for ref in part]), strict=True):
+        for part in _parts(list(todo), _NODES if height else _PAGES):
+            for ref, payload in zip(map(todo.__getitem__, part), await self._load(part), strict=True):
                 if height:
                     _, children = open_node(ref, payload)
                     await self._tree(children, height - 1)
-                    self._note(NODE, ref.ref, payload)
+                    self._note(height, ref.ref, payload)
                 else:
                     await self._page(open_page(ref, payload), payload)
                 if self._window.full:
@@ -134,11 +137,9 @@ class CatalogCopy:
 
     async def _lists(self, entry: Entry, refs: bytes, depth: int, left: list[int]) -> None:
         """See to the chunk lists of a large file; `left`: bytes it may still have, in a list of one."""
-        step = _LISTS * REF_BYTES
-        for begin in range(0, len(refs), step):
-            part = refs[begin : begin + step]
-            asked = [part[at : at + REF_BYTES] for at in range(0, len(part), REF_BYTES)]
-            todo = [ref for ref in dict.fromkeys(asked) if ref in await self._lacking(asked)]
+        for part in _parts(_each(refs), _LISTS):
+            lacking = await self._lacking(part, -depth)
+            todo = [ref for ref in dict.fromkeys(part) if ref in lacking]
             for ref, payload in zip(todo, await self._load(todo) if todo else [], strict=True):
                 if len(payload) != payload_length(ref) or not payload or len(payload) % REF_BYTES:
                     raise Damaged(f"the chunk list of {entry.name!r} is not whole")
@@ -150,7 +151,7 @@ class CatalogCopy:
                     if left[0] < 0:
                         raise Damaged(f"the chunks of {entry.name!r} are not those of a file of its size")
                     self._want(payload)
-                self._note(LIST, ref, payload)
+                self._note(-depth, ref, payload)
                 if self._window.full:
                     await self._flush()
 
@@ -158,13 +159,13 @@ class CatalogCopy:
         for chunk_id, length in iter_refs(refs):
             self._window.chunks[chunk_id] = length
 
-    def _note(self, kind: str, refs: bytes, payload: bytes) -> None:
-        self._window.containers[container_key(refs)] = kind, refs, payload
+    def _note(self, level: int, refs: bytes, payload: bytes) -> None:
+        self._window.containers[container_key(refs, level)] = level, refs, payload
         self._window.size_bytes += len(payload)
 
-    async def _lacking(self, refs: Sequence[bytes]) -> set[bytes]:
+    async def _lacking(self, refs: Sequence[bytes], level: int) -> set[bytes]:
         """Those of the containers of which it is not known that the target has all that lies below them."""
-        keys = {container_key(each): each for each in refs}
+        keys = {container_key(each, level): each for each in refs}
         asked = [key for key in keys if key not in self._window.containers]
         known = await self._ids.containers(asked)
         return {keys[key] for key in asked if key not in known or known[key][1] not in self._seen_to}
@@ -179,23 +180,26 @@ class CatalogCopy:
             for chunk_id, length in window.chunks.items()
             if (target := known.get(chunk_id)) is None or target in lacking
         }
-        moved = await self._mover.move(todo)
-        await self._ids.keep_leaves({source: target for source, target in moved.items() if source not in known})
+        # Noted as they go: what an interrupted run has moved is not read again.
+        moved = await self._mover.move(todo, self._ids.keep_leaves)
         self._leaves, self._made = known | moved, {}
-        for key, (kind, refs, payload) in window.containers.items():
-            self._made[key] = self._meta.store(payload if self._ids.same else await self._translated(kind, payload))
-            if self._ids.same and self._made[key] != refs:
-                raise Damaged("a part of a catalog does not have its id")
+        for key, (level, refs, payload) in window.containers.items():
+            made = self._meta.store(payload if self._ids.same else await self._translated(level, payload))
+            if len(made) != len(refs) or (self._ids.same and made != refs):
+                raise Damaged("a part of a catalog is not what its refs say")
+            self._made[key] = made
             await self._mover.store(self._meta.runs())
         await self._ids.keep_containers(self._made, self._attempt)
 
-    async def _translated(self, kind: str, payload: bytes) -> bytes:
+    async def _translated(self, level: int, payload: bytes) -> bytes:
         """A page, node or list with the target's refs."""
-        if kind == LIST:
+        if level == -1:
             return await self._refs(payload)
-        if kind == NODE:
+        if level < -1:
+            return b"".join(await self._containers(_each(payload), level + 1))
+        if level > PAGE:
             children = decode_node(payload)
-            refs = await self._containers([child.ref for child in children])
+            refs = await self._containers([child.ref for child in children], level - 1)
             return encode([msgspec.structs.replace(child, ref=ref) for child, ref in zip(children, refs, strict=True)])
         sections = decode_page(payload)
         await self._look_up(entry for section in sections for entry in section.entries)
@@ -211,9 +215,7 @@ class CatalogCopy:
             if entry.content:
                 entry.content = await self._refs(entry.content)
         else:
-            refs = entry.content
-            each = [refs[at : at + REF_BYTES] for at in range(0, len(refs), REF_BYTES)]
-            entry.content = b"".join(await self._containers(each))
+            entry.content = b"".join(await self._containers(_each(entry.content), -extra.depth))
         if extra is not None and (extra.xattrs_ref or extra.extents_ref):
             extra.xattrs_ref = await self._refs(extra.xattrs_ref)
             extra.extents_ref = await self._refs(extra.extents_ref)
@@ -240,15 +242,38 @@ class CatalogCopy:
         except KeyError:
             raise _forgotten() from None
 
-    async def _containers(self, refs: Sequence[bytes]) -> list[bytes]:
-        """The target's refs of pages, nodes or lists, each given by its own."""
-        keys = [container_key(each) for each in refs]
+    async def _containers(self, refs: Sequence[bytes], level: int) -> list[bytes]:
+        """The target's refs of pages, nodes or lists of a level, each given by its own."""
+        keys = [container_key(each, level) for each in refs]
         missing = [key for key in keys if key not in self._made]
         known = {key: found for key, (found, _) in (await self._ids.containers(missing)).items()} if missing else {}
         try:
             return [self._made.get(key) or known[key] for key in keys]
         except KeyError:
             raise _forgotten() from None
+
+
+def _each(refs: bytes) -> list[bytes]:
+    """Packed refs, one by one."""
+    return [refs[at : at + REF_BYTES] for at in range(0, len(refs), REF_BYTES)]
+
+
+def _parts(refs: Sequence[bytes], count: int) -> Iterator[list[bytes]]:
+    """Refs of containers to be read together: so many, and fewer if they are large.
+
+    :raises Damaged: if one claims to be larger than any
+    """
+    part: list[bytes] = []
+    size_bytes = 0
+    for each in refs:
+        length = payload_length(each)
+        if part and (len(part) == count or size_bytes + length > _TOGETHER_BYTES):
+            yield part
+            part, size_bytes = [], 0
+        part.append(each)
+        size_bytes += length
+    if part:
+        yield part
 
 
 def _forgotten() -> CoffretError:

@@ -48,9 +48,13 @@ create table if not exists containers
 """
 
 
-def container_key(refs: bytes) -> bytes:
-    """What a page, node or list is known by: the id of its chunk, or a hash of its refs if it has several."""
-    return refs[:ID_BYTES] if len(refs) == REF_BYTES else blake3(refs).digest()
+def container_key(refs: bytes, level: int) -> bytes:
+    """What a page, node or list is known by: its level, and the id of its chunk, or a hash if it has several.
+
+    `level`: of a page 0, of nodes what they are above it, of lists -1 and less. One chunk can be several of these.
+    """
+    one = refs[:ID_BYTES] if len(refs) == REF_BYTES else blake3(refs).digest()
+    return level.to_bytes(1, "little", signed=True) + one
 
 
 class SyncIds:
@@ -88,7 +92,7 @@ class SyncIds:
         """Note the target's ids of chunks."""
         if found and not self.same:
             rows = [(source, target, self._tag(source, target)) for source, target in sorted(found.items())]
-            await self._run(lambda: self._write("insert or ignore into leaves values (?, ?, ?)", rows))
+            await self._run(lambda: self._write("insert or replace into leaves values (?, ?, ?)", rows))
 
     async def containers(self, keys: Sequence[bytes]) -> dict[bytes, tuple[bytes, bytes]]:
         """Of those pages, nodes and lists that are known: (refs in the target, attempt)."""

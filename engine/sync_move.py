@@ -23,23 +23,22 @@ import zstandard
 from anyio import to_thread
 from blake3 import blake3
 
-from coffret.connectors.errors import InvalidRange, NotFound, PermissionRefused
 from coffret.engine.chunkpool import Slab
 from coffret.engine.dedup import dedup_stage
 from coffret.engine.errors import ChunkMissing, Damaged
-from coffret.engine.fetch import MAX_RANGE_BYTES, Range, coalesce, unreadable
+from coffret.engine.fetch import LOST, MAX_RANGE_BYTES, Range, coalesce, unreadable
 from coffret.engine.flow import Channel, Waiters
 from coffret.engine.messages import RawBlock, Run
 from coffret.engine.packer import Packer
-from coffret.engine.packfile import MAX_RAW_BYTES, PackBuilder, pack_name
+from coffret.engine.packfile import PackBuilder, pack_name
 from coffret.engine.records import REF_BYTES, iter_refs, pack_ref
 from coffret.engine.seal import seal_stage
 from coffret.engine.sealing import RAW, TAG_BYTES, ZSTD
-from coffret.engine.settings import MIB
+from coffret.engine.settings import BLOCK_BYTES, MIB
 from coffret.engine.upload import upload_stage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from coffret.engine.index import IndexWriter
     from coffret.engine.known import KnownChunks
@@ -48,8 +47,16 @@ if TYPE_CHECKING:
     from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
 
+    Note = Callable[[Mapping[bytes, bytes]], Awaitable[None]]
+    _Key = tuple[bytes, int, int, int, int]
+
 # Ranges in flight, each with the room of two: enough for a line with latency, and two more than threads to open them.
 _MIN_SLABS, _MAX_SLABS = 4, 8
+# What is opened of a range at a time, in bytes after decompression: a block that compresses well may have thirty times
+# as many as it is stored in.
+_OPENED_BYTES = 8 << 20
+# Chunks are noted as moved when there are so many.
+_NOTED = 256
 # As many uploads as a local disk is given; more of them hold memory that slabs then do without.
 _FEW_UPLOADS = 2
 
@@ -84,6 +91,26 @@ class _Opened:
     refs: bytes
     packed: memoryview | bytes | None = None
     data: bytes = b""
+
+
+class Found(dict[bytes, bytes]):
+    """Ids of chunks in the target, by those in the source; `note` is told of them, some hundred at a time."""
+
+    def __init__(self, note: Note) -> None:
+        super().__init__()
+        self._note = note
+        self._fresh: dict[bytes, bytes] = {}
+
+    async def add(self, source_id: bytes, target_id: bytes) -> None:
+        """One was moved."""
+        self[source_id] = self._fresh[source_id] = target_id
+        if len(self._fresh) >= _NOTED:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Note those that are not noted yet."""
+        fresh, self._fresh = self._fresh, {}
+        await self._note(fresh)
 
 
 class Slabs:
@@ -153,6 +180,7 @@ class Mover:
         self._slabs = Slabs(count, max(MAX_RANGE_BYTES, source.config.chunker.max_bytes + TAG_BYTES))
         self._gets, self._openers = anyio.CapacityLimiter(gets), anyio.CapacityLimiter(limits.sealers)
         self._readers = count
+        self._largest = max(BLOCK_BYTES, source.config.chunker.max_bytes)
         self._runs = Channel[Run]("runs", max_items=64, max_bytes=4 * MIB, size=lambda run: run.size_bytes)
         self._blocks = Channel[RawBlock](
             "blocks", max_items=2 * limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
@@ -198,18 +226,19 @@ class Mover:
         for run in runs:
             await self._run_outbox.send(run)
 
-    async def move(self, wanted: Mapping[bytes, int]) -> dict[bytes, bytes]:
+    async def move(self, wanted: Mapping[bytes, int], note: Note) -> dict[bytes, bytes]:
         """Move chunks, given by id in the source and length in bytes; return their ids in the target.
 
-        Each is read, verified and handed on; it is stored by the end of `at_work`.
+        Each is read, verified and handed on; it is stored by the end of `at_work`. `note` is told of them as they go.
 
         :raises ChunkMissing: if one has no usable copy in the source
         :raises ConnectorError: if a storage can't be asked
         """
-        found: dict[bytes, bytes] = {}
+        found = Found(note)
         todo = wanted
         while todo:
             failed = await self._move(todo, found)
+            await found.flush()
             todo = {chunk_id: length for chunk_id, length in wanted.items() if chunk_id not in found}
             for pack, reason in failed.items():
                 if pack not in self._bad:
@@ -221,20 +250,19 @@ class Mover:
                     await self._source.mirror.relist()
         return found
 
-    async def _move(self, wanted: Mapping[bytes, int], found: dict[bytes, bytes]) -> dict[bytes, str]:
+    async def _move(self, wanted: Mapping[bytes, int], found: Found) -> dict[bytes, str]:
         """Move what can be; return the packs where something can't be had, and why."""
         failed: dict[bytes, str] = {}
-        blocks: dict[tuple[bytes, int], _Wanted] = {}
+        blocks: dict[_Key, _Wanted] = {}
         locations = await self._source.mirror.locate(list(wanted), avoid=frozenset(self._bad))
         for (chunk_id, length), location in zip(wanted.items(), locations, strict=True):
             if location is None or location.length != length:
                 self._bad.add(b"")  # stands for no pack at all
                 failed[b""] = f"chunk {chunk_id.hex()[:16]} is in no pack"
                 continue
-            key = location.pack, location.offset
-            block = blocks.get(key)
+            block = blocks.get(key_of(location))
             if block is None:
-                block = blocks[key] = _Wanted(location)
+                block = blocks[key_of(location)] = _Wanted(location)
             block.chunks[location.inner] = chunk_id, length
         if failed:
             return failed
@@ -251,31 +279,40 @@ class Mover:
     async def _read(
         self,
         parts: Iterator[Range],
-        blocks: Mapping[tuple[bytes, int], _Wanted],
-        found: dict[bytes, bytes],
+        blocks: Mapping[_Key, _Wanted],
+        found: Found,
         failed: dict[bytes, str],
     ) -> None:
         """One of several readers: take ranges, and see that what they hold comes to the target."""
         for part in parts:
-            slab = await self._slabs.acquire()
-            try:
-                reason = await self._fetch(part, slab)
-                if reason and len(part.blocks) > 1:  # the others may be whole
-                    alone = (Range(b.pack, b.offset, b.offset + b.stored_bytes, [b]) for b in part.blocks)
-                    for each in alone:
-                        if lost := await self._fetch(each, slab):
-                            failed[each.pack] = lost
-                        else:
-                            await self._hand_on(each, blocks, slab, found, failed)
-                            # What waits to be sealed lies in the slab.
-                            slab.release()
-                            slab = await self._slabs.acquire()
-                elif reason:
-                    failed[part.pack] = reason
-                else:
-                    await self._hand_on(part, blocks, slab, found, failed)
-            finally:
-                slab.release()
+            reason = await self._range(part, blocks, found, failed)
+            if reason and len(part.blocks) > 1:  # the others may be whole
+                for b in part.blocks:
+                    alone = Range(b.pack, b.offset, b.offset + b.stored_bytes, [b])
+                    if lost := await self._range(alone, blocks, found, failed):
+                        failed[b.pack] = lost
+            elif reason:
+                failed[part.pack] = reason
+
+    async def _range(self, part: Range, blocks: Mapping[_Key, _Wanted], found: Found, failed: dict[bytes, str]) -> str:
+        """Fetch a range, and hand on what it holds; return why it can't be fetched, or ""."""
+        slab = await self._slabs.acquire()
+        try:
+            reason = await self._fetch(part, slab)
+            if not reason:
+                apart, end = [], part.begin
+                for block in part.blocks:
+                    # Else what the one is decrypted to would be overwritten by the other.
+                    if block.offset < end:
+                        failed[block.pack] = f"{pack_name(block.pack)}: index objects have its blocks overlap"
+                    else:
+                        apart.append(blocks[key_of(block)])
+                        end = block.offset + block.stored_bytes
+                for few in _by_size(apart):
+                    await self._hand_on(part, few, slab, found, failed)
+            return reason
+        finally:
+            slab.release()
 
     async def _fetch(self, part: Range, slab: Slab) -> str:
         """Fetch a range into a slab; return why that can't be done, or "".
@@ -288,25 +325,24 @@ class Mover:
         async with self._gets:
             try:
                 await self._source.connector.get_into(name, part.begin, slab.view[:size_bytes])
-            except (NotFound, InvalidRange, PermissionRefused) as error:
+            except LOST as error:
                 return unreadable(name, error)
         return ""
 
     async def _hand_on(
         self,
         part: Range,
-        blocks: Mapping[tuple[bytes, int], _Wanted],
+        wanted: Sequence[_Wanted],
         slab: Slab,
-        found: dict[bytes, bytes],
+        found: Found,
         failed: dict[bytes, str],
     ) -> None:
-        """Open the blocks of a range, and hand on what the target lacks of them."""
-        wanted = [blocks[block.pack, block.offset] for block in part.blocks]
+        """Open blocks of a range, and hand on what the target lacks of them."""
         opened, lost = await to_thread.run_sync(self._open, part, wanted, slab.view, limiter=self._openers)
         failed.update(lost)
         for each in opened:
             for (_, chunk_id, length), (target_id, _) in zip(each.block.in_order(), iter_refs(each.refs), strict=True):
-                found[chunk_id] = target_id
+                await found.add(chunk_id, target_id)
                 self._progress.read_bytes += length
         packed = [each for each in opened if each.packed is not None]
         fresh = iter(await self._known.claim(b"".join([each.refs for each in packed])) if packed else [])
@@ -337,7 +373,7 @@ class Mover:
         for block in wanted:
             location, at = block.location, block.location.offset - part.begin
             try:
-                if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
+                if location.raw_bytes > self._largest or location.codec not in (RAW, ZSTD):
                     raise Damaged("a block is larger or compressed otherwise than any that is made")
                 cipher = self._fetcher.cipher(location.header)
                 sealed = view[at : at + location.stored_bytes]
@@ -367,7 +403,7 @@ class Mover:
         refs, parts = [], []
         for inner, chunk_id, length in block.in_order():
             piece = data[inner : inner + length]
-            if blake3(piece, key=self._from).digest() != chunk_id:
+            if len(piece) != length or blake3(piece, key=self._from).digest() != chunk_id:
                 raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
             target_id = chunk_id if self._from == self._to else blake3(piece, key=self._to).digest()
             refs.append(pack_ref(target_id, length))
@@ -409,3 +445,22 @@ class Mover:
             progress=self._progress,
             kept=self._target.kept,
         )
+
+
+def key_of(location: Location) -> _Key:
+    """What makes two locations one block: of a pack that index objects tell differently of there are several."""
+    return location.pack, location.offset, location.stored_bytes, location.raw_bytes, location.codec
+
+
+def _by_size(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Neighbouring blocks, so many that they stay small when they are opened, but one at least."""
+    few: list[_Wanted] = []
+    raw_bytes = 0
+    for block in wanted:
+        if few and raw_bytes + block.location.raw_bytes > _OPENED_BYTES:
+            yield few
+            few, raw_bytes = [], 0
+        few.append(block)
+        raw_bytes += block.location.raw_bytes
+    if few:
+        yield few

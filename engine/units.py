@@ -13,6 +13,7 @@ from decimal import Decimal
 from coffret.engine.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([KMGTPE])(I?B)?|B)?", re.ASCII | re.IGNORECASE)
+_DURATION = re.compile(r"(?:(\d{1,6})d)?(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?|(\d{1,6})", re.ASCII)
 _PREFIXES = "KMGTPE"
 _AGO = re.compile(r"(\d+)([smhdw])(?: ago)?", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
@@ -31,6 +32,20 @@ def parse_size(text: str) -> int:
     power = _PREFIXES.index(prefix.upper()) + 1 if prefix else 0
     base = 1000 if unit and unit.upper() == "B" else 1024
     return int(Decimal(number) * base**power)
+
+
+def parse_seconds(text: str) -> float:
+    """A duration such as `0`, `90s`, `30m`, `24h`, `7d` or `1d12h` in seconds.
+
+    :raises UsageError: if it is none
+    """
+    found = _DURATION.fullmatch(text.strip())
+    if found is None or not any(found.groups()):
+        raise UsageError(f"not a duration: {text!r}", remedy="write it as in 90s, 30m, 24h or 7d")
+    *parts, bare = found.groups()
+    if bare and int(bare):
+        raise UsageError(f"a duration without a unit: {text!r}", remedy="write it as in 90s, 30m, 24h or 7d")
+    return float(sum(int(part or 0) * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=True)))
 
 
 def parse_moment(text: str, now_ns: int) -> int:

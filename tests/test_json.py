@@ -318,6 +318,27 @@ def test_prune(tmp_path: Path) -> None:
     assert program("ls", "--json").summary["snapshots"] == 2
 
 
+def test_maintenance(tmp_path: Path) -> None:
+    program, heading = Program(tmp_path), "summary of maintenance"
+    (tmp_path / "source").mkdir()
+    program("create", "--no-encryption")
+    for number in range(2):
+        (tmp_path / "source" / "file").write_bytes(os.urandom(300_000 + number))
+        program.backup(tmp_path / "source")
+    first = program("ls", "--json").messages[0]["snapshot_id"]
+    program("rm", first)
+    summary = validate_all(program("maintenance", "--dry-run", "--json"), summary=heading)[-1]
+    assert (summary["marked_packs"] > 0, summary["dry_run"], summary["sweep_in_s"]) == (True, True, None)
+    marked = validate_all(program("maintenance", "--json"), summary=heading)[-1]
+    assert marked["marked_packs"] == summary["marked_packs"]
+    assert 23 * 3600 < marked["sweep_in_s"] <= 24 * 3600
+    open_packs = validate_all(program("maintenance", "--dry-run", "--json"), summary=heading)[-1]["open_packs"]
+    assert open_packs == marked["marked_packs"]
+    swept = validate_all(program("maintenance", "--grace", "0", "--json"), summary=heading)[-1]
+    assert (swept["swept_packs"], swept["sweep_in_s"]) == (marked["marked_packs"], None)
+    assert swept["bytes_freed"] == marked["bytes_marked"]
+
+
 def test_info(program: Program) -> None:
     [summary] = validate_all(program("info", "--json"), summary="summary of info")
     assert summary["encryption"] == "none"

@@ -184,15 +184,7 @@ class _Backup:
 
     def tell(self) -> None:
         """Tell what was found when the attempt began."""
-        for _, reason in self.attempt.damaged:
-            self._progress.note(f"left out, since it is damaged; what only it locates is stored again: {reason}")
-        if bad := len(self.attempt.mirror.bad_packs):
-            packs, held = ("1 pack is", "it held") if bad == 1 else (f"{bad} packs are", "they held")
-            self._progress.note(
-                f"{packs} missing or damaged; what {held} is stored again where the source still has it"
-            )
-        if self.attempt.mirror.left:
-            self._progress.note(f"no local cache is used: {self.attempt.mirror.left}")
+        self.attempt.tell(self._progress)
         for name in self.attempt.commits.doubtful:
             self._progress.note(f"{name} can't be read, and may be the latest snapshot: it is not compared with")
 

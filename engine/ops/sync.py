@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # An attempt that was ended by another process is made anew this many times; see `ops.backup`.
 _ATTEMPTS = 3
+# What an attempt has counted that comes to nothing is counted again by the next.
+_COUNTERS = ("files", "size_bytes", "read_bytes", "added_bytes", "stored_bytes")
 # What an interrupted run may take to save its work (s).
 _SALVAGE_S = 20
 
@@ -43,13 +45,15 @@ _SALVAGE_S = 20
 class SyncOptions:
     """How to copy. `level`: zstd level for what has to be compressed, None for none; `repack`: compress all anew.
 
-    `on_copied` is called for each snapshot that was copied.
+    `on_copied` is called for each snapshot that was copied. `back`: ids of snapshots that were removed from the target,
+    and are to be there again.
     """
 
     level: int | None = settings.COMPRESSION_LEVELS["default"]
     repack: bool = False
     limits: Limits = field(default_factory=Limits)
     on_copied: Callable[[Snapshot], None] | None = None
+    back: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -63,10 +67,14 @@ class SyncSummary:
 
 @dataclass(frozen=True, slots=True)
 class Lacking:
-    """Snapshots that a target lacks, by time; and those that were removed there, and are not to come back unasked."""
+    """Snapshots that a target lacks, by time; and those that were removed there, and are not to come back unasked.
+
+    `back`: ids of those that were removed and are to come back.
+    """
 
     snapshots: list[Snapshot]
     removed: list[Snapshot]
+    back: frozenset[str] = frozenset()
 
 
 def lacking(source: Commits, target: Commits, selection: Selection, *, both_ways: bool = False) -> Lacking:
@@ -79,7 +87,8 @@ def lacking(source: Commits, target: Commits, selection: Selection, *, both_ways
     there = {snapshot.id for snapshot in target.snapshots}
     missing = [snapshot for snapshot in selection.of(source, target if both_ways else None) if snapshot.id not in there]
     removed = [each for each in missing if each.id in target.removed and not selection.names(each)]
-    return Lacking([each for each in missing if each not in removed], removed)
+    snapshots = [each for each in missing if each not in removed]
+    return Lacking(snapshots, removed, frozenset(each.id for each in snapshots) & target.removed)
 
 
 def check_pair(source: Repository, target: Repository) -> None:
@@ -131,34 +140,42 @@ async def _sync_one(
     progress: Progress,
     summary: SyncSummary,
 ) -> None:
-    files, size_bytes = progress.files, progress.size_bytes
+    before = {name: getattr(progress, name) for name in _COUNTERS}
     for tries_left in reversed(range(_ATTEMPTS)):
         copy = _Copy(source, target, snapshot, ids, options, progress)
         try:
-            snapshot = await _try(copy, progress)
+            copied = await _try(copy, progress)
         except Exception as error:
             cause = reported(error)
             if isinstance(cause, LeaseLost) and tries_left:
                 progress.note("another process ended this attempt; trying again")
-                progress.files, progress.size_bytes = files, size_bytes
+                for name, value in before.items():
+                    setattr(progress, name, value)
                 continue
             if not isinstance(cause, Damaged) or not copy.reading:
                 raise
+            if snapshot.id not in {each.id for each in (await source.listed()).snapshots}:
+                progress.note(f"{snapshot.short_id} was removed from {source.connector.location} meanwhile")
+                return
             summary.damaged.append(snapshot)
             progress.fault(snapshot.short_id.encode(), f"damaged in {source.connector.location}: {cause}")
-        else:
-            summary.copied.append(snapshot)
+            return
+        if copied is not None:
+            summary.copied.append(copied)
             if options.on_copied is not None:
-                options.on_copied(snapshot)
+                options.on_copied(copied)
         return
 
 
-async def _try(copy: _Copy, progress: Progress) -> Snapshot:
+async def _try(copy: _Copy, progress: Progress) -> Snapshot | None:
     async with anyio.create_task_group() as group:
         try:
             await copy.attempt.announce()
             group.start_soon(copy.attempt.keep)
             await copy.attempt.begin()
+            if copy.settled():
+                return None
+            copy.attempt.tell(progress)
             await copy.run(group)
             return await copy.commit()
         except BaseException:
@@ -190,6 +207,15 @@ class _Copy:
         #: Whether what is damaged now is the source, as far as that can be told.
         self.reading = False
 
+    def settled(self) -> bool:
+        """Whether the target, as it was listed now, has the snapshot already, or has had it removed meanwhile."""
+        commits, snapshot_id = self.attempt.commits, self._snapshot.id
+        if any(snapshot.id == snapshot_id for snapshot in commits.snapshots):
+            return True
+        if removed := snapshot_id in commits.removed and snapshot_id not in self._options.back:
+            self._progress.note(f"{self._snapshot.short_id} was removed from the target meanwhile: it is not copied")
+        return removed
+
     async def run(self, group: TaskGroup) -> None:
         """Store all that the target lacks, and make the index durable. `group`: for its helpers."""
         target, attempt, mirror = self._target, self.attempt, self.attempt.mirror
@@ -213,7 +239,7 @@ class _Copy:
         except NotFound as error:
             raise Damaged(f"it is gone: {error}") from None
         catalog = CatalogCopy(
-            self._source.fetcher().load,
+            self._source.fetcher(strict=True).load,
             ids=self._ids,
             id_key=target.secrets.id_key,
             attempt=attempt.id,

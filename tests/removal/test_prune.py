@@ -84,4 +84,4 @@ def test_what_makes_no_sense(tmp_path: Path, arguments: list[str]) -> None:
     """It is refused before the repository is looked at."""
     outcome = Here(tmp_path)("prune", *arguments, codes=(2,))
     assert len(outcome.stderr.splitlines()) == 1
-    assert ("coffret at REPO rm" in outcome.stderr) == (arguments[-1:] in ([], ["0h"]))
+    assert ("coffret at REPO maintenance" in outcome.stderr) == (arguments[-1:] in ([], ["0h"]))

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from coffret.engine.errors import UsageError
 from coffret.engine.records import Counts, SnapshotHeader
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
+# However busy the machine is.
+PATIENT = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def snapshot(
@@ -85,6 +87,7 @@ def more(count: int, by: int) -> int:
     return UNLIMITED if UNLIMITED in (count, by) else count + by
 
 
+@PATIENT
 @given(histories(), policies)
 def test_each_snapshot_is_decided_about_once(found: list[Snapshot], policy: Policy) -> None:
     decisions = decide(found, policy, UTC)
@@ -96,6 +99,7 @@ def test_each_snapshot_is_decided_about_once(found: list[Snapshot], policy: Poli
         assert decisions[0].keep
 
 
+@PATIENT
 @given(histories(), policies, policies)
 def test_more_keeps_more(found: list[Snapshot], policy: Policy, other: Policy) -> None:
     larger = Policy(
@@ -106,6 +110,7 @@ def test_more_keeps_more(found: list[Snapshot], policy: Policy, other: Policy) -
     assert kept(found, policy) <= kept(found, larger)
 
 
+@PATIENT
 @given(histories(), policies)
 def test_once_more_changes_nothing(found: list[Snapshot], policy: Policy) -> None:
     ids = kept(found, policy)
@@ -113,6 +118,7 @@ def test_once_more_changes_nothing(found: list[Snapshot], policy: Policy) -> Non
     assert kept(left, policy) == ids
 
 
+@PATIENT
 @given(histories(), st.integers(1, 12), st.sampled_from(["%Y%m%d%H", "%Y%m%d", "%G%V", "%Y%m", "%Y"]))
 def test_a_bucket_keeps_its_last(found: list[Snapshot], number: int, form: str) -> None:
     name = {"%Y%m%d%H": "hourly", "%Y%m%d": "daily", "%G%V": "weekly", "%Y%m": "monthly", "%Y": "yearly"}[form]
@@ -127,6 +133,7 @@ def test_a_bucket_keeps_its_last(found: list[Snapshot], number: int, form: str) 
     assert kept(found, Policy(**policy)) == wanted
 
 
+@PATIENT
 @given(histories(), st.integers(1, 50), st.integers(0, 60), st.integers(0, 60))
 def test_last_within_and_tags(found: list[Snapshot], number: int, days: int, hours: int) -> None:
     ordered = [each.snapshot for each in decide(found, Policy(), UTC)]

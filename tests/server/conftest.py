@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import pytest
 from tests.server.serving import Serving
 
-from coffret.connectors.local import LocalConnector
+from coffret.connectors.local import FOLDERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,16 +15,9 @@ if TYPE_CHECKING:
 
 
 def make_folder(folder: Path) -> None:
-    """What a repository consists of, without anything in it."""
-
-    async def make() -> None:
-        async with LocalConnector(folder / "repository") as connector:
-            await connector.create()
-
-    # In a thread, since the test may have a loop of its own.
-    thread = threading.Thread(target=anyio.run, args=(make,))
-    thread.start()
-    thread.join()
+    """An empty repository's folder, without the 256 for packs: those are made when they are needed."""
+    for name in FOLDERS:
+        (folder / "repository" / name).mkdir(parents=True)
 
 
 @pytest.fixture

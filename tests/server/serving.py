@@ -116,6 +116,12 @@ class Serving:
             self._made[right] = self.tokens.add(right, f"of the tests, {right}")[1]
         return self._made[right]
 
+    def write(self, name: str, data: bytes) -> None:
+        """An object that is there, past the server."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
     def new_token(self, right: str) -> tuple[str, str]:
         """(id, token), of a fresh token."""
         made, text = self.tokens.add(right, "")

@@ -78,10 +78,9 @@ STREAMS = st.one_of(st.lists(REQUESTS, min_size=1, max_size=3).map(b"".join), st
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("fuzz")
     make_folder(folder)
-    (folder / "repository" / "config").write_bytes(b"{}")
-    for name, body in (sealed.pack(), sealed.lease("0" * 32), sealed.snapshot("0" * 32)):
-        (folder / "repository" / name).write_bytes(body)
     with Serving(folder, limits=QUICK) as server:
+        for name, body in (("config", b"{}"), sealed.pack(), sealed.lease("0" * 32), sealed.snapshot("0" * 32)):
+            server.write(name, body)
         yield server
     assert server.error is None
 

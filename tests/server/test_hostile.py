@@ -115,7 +115,7 @@ class TestSlow:
 
     def test_a_reader_that_does_not_read(self, quick: Serving) -> None:
         name, body = sealed.pack(15 * MIB)
-        (quick.path / name).write_bytes(body)
+        quick.write(name, body)
         with Raw(quick.port, buffer_bytes=4096) as raw:
             raw.send(request("GET", f"/v1/objects/{name}", quick.token(READ_ONLY)))
             await_state(lambda: any(e.path.endswith(name) for e in quick.exchanges))
@@ -371,7 +371,7 @@ class TestGone:
 
     def test_amid_a_get(self, server: Serving) -> None:
         name, body = sealed.pack(8 * MIB)
-        (server.path / name).write_bytes(body)
+        server.write(name, body)
         for _ in range(5):
             with Raw(server.port, buffer_bytes=4096) as raw:
                 raw.send(request("GET", f"/v1/objects/{name}", server.token(FULL)))

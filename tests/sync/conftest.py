@@ -30,4 +30,5 @@ async def _mirrors_are_closed() -> AsyncIterator[None]:
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that counts as old: nothing of it is read again for being fresh."""
     monkeypatch.setattr("coffret.engine.settings.RACY_NS", 0)
+    (tmp_path / "cache").mkdir()  # else the directory above the source would change when it is made
     return make_source(tmp_path / "source", files=40, large_bytes=3 << 20)

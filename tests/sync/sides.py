@@ -15,7 +15,7 @@ from coffret.engine.ops import rm
 from coffret.engine.ops.backup import BackupOptions
 from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.restore import RestoreOptions
-from coffret.engine.ops.sync import SyncSummary, lacking
+from coffret.engine.ops.sync import SyncOptions, SyncSummary, lacking
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import ChunkerConfig
 from coffret.engine.repository import OpenOptions, Repository
@@ -95,7 +95,7 @@ async def sync(
 ) -> SyncSummary:
     """What `coffret sync` does in one direction."""
     lack = lacking(await source.listed(), await target.listed(), selection)
-    return await target.sync(source, lack.snapshots, progress=progress)
+    return await target.sync(source, lack.snapshots, SyncOptions(back=lack.back), progress)
 
 
 async def is_whole(side: Side) -> bool:

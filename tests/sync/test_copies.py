@@ -18,7 +18,7 @@ from coffret.engine.errors import UsageError
 from coffret.engine.index import open_index
 from coffret.engine.ops.sync import SyncOptions, check_pair
 from coffret.engine.progress import Progress
-from coffret.engine.records import iter_refs
+from coffret.engine.records import REF_BYTES, iter_refs
 from coffret.engine.snapshot import load_whole
 
 if TYPE_CHECKING:
@@ -146,15 +146,23 @@ async def test_compressed_anew(source: Path, tmp_path: Path, level: int | None) 
     assert await restores(b, made, source, tmp_path) and await is_whole(b)
 
 
-async def test_windows_are_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page names may have been moved long before the page is written."""
+@pytest.mark.parametrize("alike", [False, True])
+async def test_lists_of_lists_and_small_windows(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alike: bool
+) -> None:
+    """What a page or a list names may have been moved long before it is written."""
     monkeypatch.setattr("coffret.engine.sync_catalog._WINDOW_CHUNKS", 7)
-    (source / "long").write_bytes(os.urandom(400_000))
+    monkeypatch.setattr("coffret.engine.catalog._LIST_MAX_BYTES", 70 * REF_BYTES)
+    (source / "long").write_bytes(os.urandom(9_000_000))
     (source / "twice").write_bytes((source / "long").read_bytes())
-    a, b = Side.made(chunker=SMALL), Side.made(chunker=SMALL)
+    a = Side.made(chunker=SMALL)
+    b = Side.made(chunker=SMALL, like=a if alike else None)
     made = await a.backup(source)
-    progress = Progress()
-    await sync(await a.open(), await b.open(), progress=progress)
+    opened = await a.open()
+    listed = opened.entries(await opened.find_snapshot(made), bytes(source)[1:], recursive=False)
+    [long] = [entry async for _, entries in listed for entry in entries if entry.name == b"long"]
+    assert long.extra is not None and long.extra.depth >= 2
+    await sync(await a.open(), await b.open())
     assert await restores(b, made, source, tmp_path) and await is_whole(b)
 
 
@@ -170,8 +178,9 @@ async def test_a_catalog_of_many_pages(tmp_path: Path) -> None:
     assert await restores(b, made, tree, tmp_path) and await is_whole(b)
     (tree / "d7" / "file7").write_bytes(b"changed")
     changed = await a.backup(tree)
-    counted = FaultyConnector(a.memory)
-    await sync(await a.open(counted), await b.open())
+    progress = Progress()
+    await sync(await a.open(), await b.open(), progress=progress)
+    assert 0 < progress.added_bytes < 200_000  # a few pages of some dozen, and the nodes above
     assert await restores(b, changed, tree, tmp_path) and await is_whole(b)
 
 

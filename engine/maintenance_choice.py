@@ -1,0 +1,86 @@
+"""Choose: which packs to sweep, by what is needed of each; pure.
+
+1. Packs of which nothing is needed.
+2. Those with the largest share of garbage, as long as more than MAX_UNUSED of all that is needed lies unused: what is
+   needed of them is copied. So the space that removed snapshots took comes back, all but 3 %, and no pack is copied for
+   a garbage that does not matter. (restic allows 5 % unless told otherwise.)
+3. Small packs, when there are so many that one large one in their place is worth the copying: each byte is copied once
+   for every factor of _SMALL_PACKS in the number of backups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coffret.engine.maintenance_marks import MAX_PACKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_UNUSED = 0.03
+# Needed bytes of the packs of one mark: copied before anything is deleted, and once more if that is cut off.
+MAX_COPY_BYTES = 8 << 30
+_SMALL_SHARE, _SMALL_PACKS = 4, 16
+# Header, trailer and the least footer of a pack (bytes): no garbage.
+_FIXED_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PackUse:
+    """A pack: its size, how much of that is needed, and whether it may be chosen."""
+
+    pack: bytes
+    size_bytes: int
+    live_bytes: int
+    free: bool
+
+    @property
+    def unused_bytes(self) -> int:
+        """What of it is garbage, as far as something is needed: its own overhead is none."""
+        return max(0, self.size_bytes - self.live_bytes - _FIXED_BYTES) if self.live_bytes else self.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Packs to be swept, how many bytes they have together, and how many of these are needed."""
+
+    packs: tuple[bytes, ...] = ()
+    size_bytes: int = 0
+    live_bytes: int = 0
+
+
+def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PACKS) -> Choice:
+    """Choose packs for one mark; `pack_bytes`: size of a full one."""
+    uses = sorted(packs, key=lambda use: use.pack)
+    chosen = [use for use in uses if not use.live_bytes and use.free][:max_packs]
+    used = [use for use in uses if use.live_bytes]
+    unused_bytes, live_bytes = sum(use.unused_bytes for use in used), sum(use.live_bytes for use in used)
+    copied = 0
+
+    def take(use: PackUse) -> bool:
+        nonlocal copied
+        if len(chosen) >= max_packs or (copied and copied + use.live_bytes > MAX_COPY_BYTES):
+            return False
+        chosen.append(use)
+        copied += use.live_bytes
+        return True
+
+    free = [use for use in used if use.free]
+    worst = sorted((use for use in free if use.unused_bytes), key=lambda use: -use.unused_bytes / use.size_bytes)
+    taken = set()
+    for use in worst:
+        if unused_bytes <= MAX_UNUSED * live_bytes or not take(use):
+            break
+        unused_bytes -= use.unused_bytes
+        taken.add(use.pack)
+    small = [use for use in free if use.size_bytes < pack_bytes // _SMALL_SHARE and use.pack not in taken]
+    if len(small) >= _SMALL_PACKS:
+        for use in small:
+            if not take(use):
+                break
+    return Choice(
+        tuple(sorted(use.pack for use in chosen)),
+        sum(use.size_bytes for use in chosen),
+        sum(use.live_bytes for use in chosen),
+    )

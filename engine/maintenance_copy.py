@@ -1,0 +1,214 @@
+"""Copy: what is needed of doomed packs, into new ones. Each block is opened, and each chunk's id verified.
+
+    ranges of packs ──► open (threads) ──► seal ──► upload ──► index
+
+A block of which everything is wanted is sealed anew as it was compressed; of another the wanted chunks are gathered
+with their neighbours into new blocks. Memory, in the order the bytes flow: ranges being read (`_READERS` of 8 MiB, and
+what they decompress to), blocks (16 MiB), pack buffers (uploads + 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+from blake3 import blake3
+
+from coffret.engine.errors import ChunkMissing, Damaged
+from coffret.engine.fetch import Range, coalesce
+from coffret.engine.flow import Channel
+from coffret.engine.messages import RawBlock
+from coffret.engine.packer import Packer
+from coffret.engine.packfile import MAX_RAW_BYTES, PackBuilder, pack_name
+from coffret.engine.records import pack_ref
+from coffret.engine.seal import seal_stage
+from coffret.engine.sealing import RAW, ZSTD, decompress
+from coffret.engine.settings import BLOCK_BYTES, COMPRESSION_LEVELS, MIB
+from coffret.engine.upload import upload_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from coffret.engine.fetch import Fetcher
+    from coffret.engine.flow import Sender
+    from coffret.engine.index import IndexWriter
+    from coffret.engine.mirror import Location
+    from coffret.engine.pipeline import Limits
+    from coffret.engine.progress import Progress
+    from coffret.engine.repository import Repository
+
+_READERS = 3
+#: Chunks that are looked for at a time: what is known of one takes some 300 bytes.
+COPIES_AT_ONCE = 50_000
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A block, and what is wanted of it: where in it, which chunk, how long; `meta`: of a catalog."""
+
+    location: Location
+    meta: bool
+    chunks: list[tuple[int, bytes, int]] = field(default_factory=list)
+
+
+class Gather:
+    """Gathers chunks that lie alone into blocks of about a MiB; those of catalogs apart."""
+
+    def __init__(self) -> None:
+        self._open = {False: RawBlock(False), True: RawBlock(True)}
+
+    def add(self, meta: bool, chunk_id: bytes, data: bytes) -> list[RawBlock]:
+        """Take a chunk; return the block that is full."""
+        block, full = self._open[meta], []
+        if block.parts and block.raw_bytes + len(data) > BLOCK_BYTES:
+            full, block = [block], RawBlock(meta)
+        block.parts.append(data)
+        block.refs.append(pack_ref(chunk_id, len(data)))
+        block.raw_bytes += len(data)
+        self._open[meta] = block
+        return full
+
+    def finish(self) -> list[RawBlock]:
+        """What is left."""
+        return [block for block in self._open.values() if block.parts]
+
+
+class Copier:
+    """Copies for one attempt of maintenance. `index` is told of each new pack that is durable."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        fetcher: Fetcher,
+        *,
+        attempt: bytes,
+        index: IndexWriter,
+        limits: Limits,
+        progress: Progress,
+    ) -> None:
+        self._repository, self._fetcher, self._index, self._progress = repository, fetcher, index, progress
+        self._limits = limits = limits.suited(repository.connector.capabilities)
+        self._blocks = Channel[RawBlock](
+            "blocks", max_items=limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
+        )
+        self._packs = Channel[PackBuilder](
+            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
+        )
+        self._read_blocks, self._seal_packs = self._blocks.sender(), self._packs.sender()
+        self._packer = Packer(
+            repository.sealer,
+            attempt,
+            level=COMPRESSION_LEVELS["default"],
+            pack_bytes=repository.config.pack_bytes,
+            buffers=limits.pack_buffers,
+            outbox=self._seal_packs,
+        )
+        progress.channels = [self._blocks.statistics, self._packs.statistics]
+        self._gather = Gather()
+        self.copied = 0
+
+    async def run(self, groups: Iterable[list[tuple[bytes, Location, bool]]]) -> None:
+        """Copy groups of (chunk id, where it lies, whether of a catalog); each group is of packs of its own.
+
+        :raises ChunkMissing: if one can't be had there; `pack` is the pack then
+        """
+        threads = anyio.CapacityLimiter(self._limits.sealers + self._limits.uploads)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._read, groups)
+                group.start_soon(self._seal, threads)
+                for _ in range(self._limits.uploads):
+                    group.start_soon(self._upload, threads)
+        finally:
+            self._packer.close()
+
+    async def _read(self, groups: Iterable[list[tuple[bytes, Location, bool]]]) -> None:
+        with self._read_blocks as outbox:
+            iterator = iter(groups)
+            while (found := await to_thread.run_sync(next, iterator, None)) is not None:
+                wanted = await to_thread.run_sync(_by_block, found)
+                gap_bytes = self._repository.connector.capabilities.coalesce_gap_bytes
+                parts = iter(coalesce([each.location for each in wanted.values()], gap_bytes))
+                async with anyio.create_task_group() as readers:
+                    for _ in range(_READERS):
+                        readers.start_soon(self._ranges, parts, wanted, outbox)
+            for block in self._gather.finish():
+                await outbox.send(block)
+
+    async def _ranges(
+        self, parts: Iterator[Range], wanted: dict[tuple[bytes, int], _Wanted], outbox: Sender[RawBlock]
+    ) -> None:
+        """One of several readers, which take ranges in turn."""
+        for part in parts:
+            data = await self._fetcher.read(part)
+            for location in part.blocks:
+                each = wanted[location.pack, location.offset]
+                block, chunks = await to_thread.run_sync(self._open, part, data, each)
+                self._progress.size_bytes += sum(length for _, _, length in each.chunks)
+                self.copied += len(each.chunks)
+                if block is not None:
+                    await outbox.send(block)
+                for chunk_id, content in chunks:
+                    for full in self._gather.add(each.meta, chunk_id, content):
+                        await outbox.send(full)
+
+    def _open(self, part: Range, data: bytes, wanted: _Wanted) -> tuple[RawBlock | None, list[tuple[bytes, bytes]]]:
+        """A block as it is to be sealed, if all of it is wanted; else the chunks that are. For threads.
+
+        :raises ChunkMissing: if it is damaged
+        """
+        location = wanted.location
+        at = location.offset - part.begin
+        stored = memoryview(data)[at : at + location.stored_bytes]
+        try:
+            if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
+                raise Damaged("a block is larger or compressed otherwise than any that is made")
+            body = self._fetcher.cipher(location.header).open(stored, location.offset)
+            raw = decompress(body, location.raw_bytes) if location.codec == ZSTD else body
+            if len(raw) != location.raw_bytes:
+                raise Damaged("a block has another length than its table says")
+            end, whole, chunks = 0, True, []
+            for inner, chunk_id, length in wanted.chunks:
+                content = bytes(raw[inner : inner + length])
+                if blake3(content, key=self._fetcher.id_key).digest() != chunk_id:
+                    raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
+                whole, end = whole and inner == end, inner + length
+                chunks.append((chunk_id, content))
+        except Damaged as error:
+            message = f"{pack_name(location.pack)} at {location.offset}: {error}"
+            raise ChunkMissing(message, pack=location.pack) from None
+        if not whole or end != len(raw):
+            return None, chunks
+        refs = b"".join(pack_ref(chunk_id, len(content)) for chunk_id, content in chunks)
+        return RawBlock(wanted.meta, [], [refs], len(raw), packed=body, codec=location.codec), []
+
+    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
+        with self._seal_packs as outbox:
+            async with anyio.create_task_group() as sealers:
+                for _ in range(self._limits.sealers):
+                    sealers.start_soon(partial(seal_stage, self._blocks, outbox, packer=self._packer, threads=threads))
+            await self._packer.finish()
+
+    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
+        await upload_stage(
+            self._packs,
+            connector=self._repository.connector,
+            packer=self._packer,
+            index=self._index,
+            threads=threads,
+            progress=self._progress,
+            kept=self._repository.kept,
+        )
+
+
+def _by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], _Wanted]:
+    """What is wanted, by block, in order; a block counts as one of a catalog if anything wanted of it is."""
+    blocks: dict[tuple[bytes, int], _Wanted] = {}
+    for chunk_id, location, meta in sorted(found, key=lambda each: (each[1].pack, each[1].offset, each[1].inner)):
+        block = blocks.setdefault((location.pack, location.offset), _Wanted(location, meta))
+        block.meta = block.meta or meta
+        block.chunks.append((location.inner, chunk_id, location.length))
+    return blocks

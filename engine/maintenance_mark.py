@@ -1,0 +1,67 @@
+"""Mark: which packs may be swept, and which attempts stand in the way for ever."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from coffret.engine.maintenance_choice import PackUse, choose
+from coffret.engine.maintenance_dead import bury, find_dead
+from coffret.engine.mirror import attempt_of
+from coffret.engine.objects import list_objects
+from coffret.engine.records import ATTEMPT_BYTES
+
+if TYPE_CHECKING:
+    from coffret.engine.maintenance_choice import Choice
+    from coffret.engine.maintenance_needs import Needs
+    from coffret.engine.maintenance_view import Scene
+    from coffret.engine.repository import Repository
+
+
+async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Choice:
+    """Choose packs by what is needed of them: only of attempts that have ended, and named by no other."""
+    named, busy = await scene.named()
+    owners = await scene.owners(named)
+    ended = scene.ended
+
+    def decide() -> Choice:
+        return choose(
+            (
+                PackUse(
+                    pack,
+                    size_bytes,
+                    needs.live.get(pack, 0),
+                    pack not in busy if pack in named else owners.get(pack) in ended,
+                )
+                for pack, size_bytes in scene.packs.items()
+            ),
+            repository.config.pack_bytes,
+        )
+
+    return await to_thread.run_sync(decide)
+
+
+async def clear_the_dead(repository: Repository, scene: Scene, now_s: float, grace_s: float) -> int:
+    """End attempts that are dead, and take away the leases of those that have ended; how many were ended."""
+    connector = repository.connector
+    named, _ = await scene.named()
+    left: dict[str, float] = {}
+    for info in scene.index:
+        left[attempt_of(info.name)] = max(info.mtime_s, left.get(attempt_of(info.name), 0.0))
+    for pack, attempt in (await scene.owners(named)).items():
+        left[attempt] = max(scene.pack_infos[pack].mtime_s, left.get(attempt, 0.0))
+    # After all that: an attempt whose objects were seen, and that has no lease now, commits no more.
+    leases = {info.name.partition("/")[2]: info for info in await list_objects(connector, "leases/")}
+    dead = find_dead(leases, scene.ended, left, now_s=now_s, grace_s=grace_s, own=scene.attempt.id.hex())
+    for attempt in sorted(dead.drop):
+        await connector.delete(f"leases/{attempt}")
+    ended = 0
+    for attempt in sorted(dead.bury):
+        if _is_attempt(attempt):
+            ended += await bury(connector, repository.sealer, attempt, scene.attempt.id)
+    return ended
+
+
+def _is_attempt(text: str) -> bool:
+    return len(text) == 2 * ATTEMPT_BYTES and set(text) <= set("0123456789abcdef")

@@ -1,0 +1,117 @@
+"""Marks: which packs will be swept, which attempts were at work when that was said, and when it is over.
+
+`trash/<n>` names packs, `trash/<n>-seen` attempts, `trash/<n>-done` ends it. One mark is open at a time, since each of
+these is put if absent, under the next number, by who found no mark open. See docs/format.md, "Many writers".
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coffret.connectors.errors import AlreadyExists
+from coffret.engine import sealing
+from coffret.engine.errors import Damaged
+from coffret.engine.objects import MAX_MARK_BYTES, list_objects, put_once, read_listed
+from coffret.engine.records import (
+    ATTEMPT_BYTES,
+    ID_BYTES,
+    UNDECODABLE,
+    Done,
+    Mark,
+    Seen,
+    decode_mark,
+    decode_seen,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from coffret.connectors.base import Connector, ObjectInfo
+    from coffret.engine.sealing import Sealer
+
+#: Packs of one mark: it has to fit into an object of its kind, and ids do not compress.
+MAX_PACKS = (MAX_MARK_BYTES - 4096) // ID_BYTES
+_NAME = re.compile(r"trash/(\d{1,15})(-seen|-done)?")
+_ATTEMPT = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(slots=True)
+class Marks:
+    """What lies in trash/: the highest number; of the marks that are open their objects, and what was seen of them."""
+
+    top: int = 0
+    open: dict[int, ObjectInfo] = field(default_factory=dict)
+    seen: dict[int, ObjectInfo] = field(default_factory=dict)
+
+
+async def list_marks(connector: Connector) -> Marks:
+    """List trash/."""
+    found: dict[str, dict[int, ObjectInfo]] = {"": {}, "-seen": {}, "-done": {}}
+    for info in await list_objects(connector, "trash/"):
+        if match := _NAME.fullmatch(info.name):
+            found[match[2] or ""][int(match[1])] = info
+    # By marks alone: a listing is no moment. Who finds what was seen of a mark, and not the mark, must not
+    # put the next one.
+    return Marks(
+        max(found[""], default=0),
+        {number: info for number, info in found[""].items() if number not in found["-done"]},
+        found["-seen"],
+    )
+
+
+async def read_mark(connector: Connector, sealer: Sealer, info: ObjectInfo) -> frozenset[bytes]:
+    """The packs that a mark names.
+
+    :raises Damaged: if it is not what was stored
+    """
+    _, payload = sealer.open(sealing.MARK, info.name, await read_listed(connector, info, MAX_MARK_BYTES))
+    try:
+        return frozenset(_split(decode_mark(payload).packs, ID_BYTES))
+    except UNDECODABLE as error:
+        raise Damaged(f"{info.name}: {error}") from None
+
+
+async def put_mark(connector: Connector, sealer: Sealer, attempt: bytes, number: int, packs: Iterable[bytes]) -> bool:
+    """Put a mark, if its number is not taken; whether it was put."""
+    return await _put(connector, sealer, attempt, f"trash/{number}", Mark(b"".join(sorted(packs))))
+
+
+async def record_seen(connector: Connector, sealer: Sealer, attempt: bytes, number: int) -> frozenset[str]:
+    """The attempts (hexadecimal) that held a lease after the mark was put: listed now, unless they were before.
+
+    :raises Damaged: if what was recorded before is not what was stored
+    """
+    name = f"trash/{number}-seen"
+    leases = [info.name.partition("/")[2] for info in await list_objects(connector, "leases/")]
+    at_work = [bytes.fromhex(lease) for lease in sorted(leases) if _ATTEMPT.fullmatch(lease)]
+    if await _put(connector, sealer, attempt, name, Seen(b"".join(at_work))):
+        return frozenset(each.hex() for each in at_work)
+    data = await read_listed(connector, await connector.stat(name), MAX_MARK_BYTES)
+    try:
+        attempts = decode_seen(sealer.open(sealing.MARK, name, data)[1]).attempts
+    except UNDECODABLE as error:
+        raise Damaged(f"{name}: {error}") from None
+    return frozenset(each.hex() for each in _split(attempts, ATTEMPT_BYTES))
+
+
+async def put_done(connector: Connector, sealer: Sealer, attempt: bytes, number: int) -> None:
+    """End a mark; no error if someone else was first."""
+    await _put(connector, sealer, attempt, f"trash/{number}-done", Done(time.time_ns()))
+
+
+async def _put(connector: Connector, sealer: Sealer, attempt: bytes, name: str, record: Mark | Seen | Done) -> bool:
+    try:
+        await put_once(connector, name, sealer.seal(sealing.MARK, name, attempt, encode(record)))
+    except AlreadyExists:
+        return False
+    return True
+
+
+def _split(joined: bytes, length: int) -> Sequence[bytes]:
+    if len(joined) % length:
+        raise ValueError("names a part of an id")
+    return [joined[at : at + length] for at in range(0, len(joined), length)]

@@ -1,0 +1,238 @@
+"""Sweep and merge: replace index objects, commit, and only then delete."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from coffret.connectors.errors import NotFound
+from coffret.engine import sealing
+from coffret.engine.errors import ChunkMissing, CoffretError, InTheWay, reported
+from coffret.engine.index import IndexWriter, open_index
+from coffret.engine.keyring import read_keyring
+from coffret.engine.known import KnownChunks
+from coffret.engine.maintenance_copy import COPIES_AT_ONCE, Copier
+from coffret.engine.maintenance_index import TableMerge
+from coffret.engine.maintenance_marks import put_done, read_mark
+from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
+from coffret.engine.mirror import attempt_of
+from coffret.engine.objects import MAX_INDEX_BYTES, batches, read_listed
+from coffret.engine.packfile import pack_name
+from coffret.engine.records import End, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from coffret.connectors.base import ObjectInfo
+    from coffret.engine.attempt import Attempt
+    from coffret.engine.maintenance_needs import Needs
+    from coffret.engine.mirror import Location
+    from coffret.engine.pipeline import Limits
+    from coffret.engine.progress import Progress
+    from coffret.engine.records import IndexObject
+    from coffret.engine.repository import Repository
+
+# Index objects below this size are merged when there are so many: one of 100,000 chunks has 3.6 MB.
+_SMALL_BYTES, _MANY = 1 << 20, 16
+_FETCHED, _DELETED = 8, 16
+
+
+class _Replacing:
+    """What sweep and merge share: they put index objects in the place of others."""
+
+    def __init__(self, repository: Repository, attempt: Attempt, progress: Progress) -> None:
+        self._repository, self._attempt, self._progress = repository, attempt, progress
+        self._connector, self._sealer = repository.connector, repository.sealer
+        self._scene = Scene(repository, attempt, progress)
+
+    async def _writer(self) -> IndexWriter:
+        """What puts the attempt's index objects; the first has copies of config and key slots, if they can be read."""
+        slots: dict[str, bytes] = {}
+        if self._repository.config.encrypted:
+            try:
+                slots = (await read_keyring(self._connector)).live
+            except CoffretError as error:
+                self._progress.note(f"the key slots are not copied into the index: {error}")
+        self._attempt.unfinished = True
+        return IndexWriter(
+            self._connector,
+            self._sealer,
+            self._attempt.id,
+            mirror=self._attempt.mirror,
+            known=KnownChunks(self._attempt.mirror, marked=frozenset()),
+            merging=True,
+            config=self._repository.config_data,
+            slots=slots,
+        )
+
+    async def _publish(
+        self, writer: IndexWriter, replaced: Collection[str], *, without: Collection[bytes] = ()
+    ) -> None:
+        """Put what index objects say, but for some packs, and commit.
+
+        :raises InTheWay: if one of them is gone: others have replaced it
+        :raises LeaseLost: if this attempt was taken for dead
+        """
+        infos = {info.name: info for info in self._scene.index}
+        if not infos.keys() >= set(replaced):
+            raise others_at_work()
+        merge = TableMerge(without)
+        for batch in batches((infos[name] for name in sorted(replaced)), _FETCHED):
+            found: list[IndexObject] = []
+            gone: list[str] = []
+            async with anyio.create_task_group() as group:
+                for info in batch:
+                    group.start_soon(self._fetch, info, found, gone)
+            if gone:
+                raise others_at_work()
+            for index in found:
+                for table in merge.add(index.packs):
+                    await writer.add(table)
+        for table in merge.rest():
+            await writer.add(table)
+        await writer.flush(last=True)
+        await self._attempt.conclude()
+        self._attempt.unfinished = False
+
+    async def _fetch(self, info: ObjectInfo, found: list[IndexObject], gone: list[str]) -> None:
+        try:
+            data = await read_listed(self._connector, info, MAX_INDEX_BYTES)
+            found.append(await to_thread.run_sync(open_index, self._sealer, info.name, data))
+        except NotFound:
+            gone.append(info.name)
+
+    async def _delete(self, names: Iterable[str]) -> None:
+        limiter = anyio.CapacityLimiter(_DELETED)
+
+        async def delete(name: str) -> None:
+            async with limiter:
+                await self._connector.delete(name)
+
+        waiting = sorted(names)
+        for at in range(0, len(waiting), 1000):
+            async with anyio.create_task_group() as group:
+                for name in waiting[at : at + 1000]:
+                    group.start_soon(delete, name)
+
+
+class Sweep(_Replacing):
+    """The sweep of one mark. After `run`: what was deleted, and what was stored before."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        attempt: Attempt,
+        number: int,
+        mark: ObjectInfo,
+        limits: Limits,
+        progress: Progress,
+    ) -> None:
+        super().__init__(repository, attempt, progress)
+        self._number, self._mark, self._limits = number, mark, limits
+        self.deleted_packs = self.deleted_bytes = self.stored_bytes = 0
+
+    async def run(self) -> None:
+        """List anew, copy, replace, commit, delete. Each attempt that the mark has seen has ended by now."""
+        progress, scene = self._progress, self._scene
+        doomed = await read_mark(self._connector, self._sealer, self._mark)
+        progress.phase = "looking"
+        needs = await self._look(doomed)
+        if needs is None:
+            return
+        naming = await scene.naming(doomed)
+        if any(attempt_of(name) not in scene.ended for name in naming):
+            raise InTheWay("an attempt that has not ended names packs that are marked")
+        writer = await self._writer()
+        before = progress.stored_bytes
+        if needs.copies:
+            await self._copy(needs, writer)
+        self.stored_bytes = progress.stored_bytes - before
+        progress.phase = "replacing"
+        await self._publish(writer, naming, without=doomed)
+        progress.phase = "deleting"
+        await self._delete(naming)
+        there = [pack for pack in doomed if pack in scene.packs]
+        await self._delete(pack_name(pack) for pack in there)
+        self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[pack] for pack in there)
+        await put_done(self._connector, self._sealer, self._attempt.id, self._number)
+        await self._put_swept()
+
+    async def _look(self, doomed: frozenset[bytes]) -> Needs | None:
+        """What is needed; None if the mark is over: another sweep has been faster."""
+        for _ in range(TRIES):
+            await self._scene.look()
+            if not doomed <= self._attempt.marked:
+                return None
+            if (needs := await self._scene.resolve(doomed=doomed)) is not None:
+                return needs
+        raise others_at_work()
+
+    async def _copy(self, needs: Needs, writer: IndexWriter) -> None:
+        """Copy what only doomed packs hold.
+
+        :raises InTheWay: if one is gone, since another sweep of the mark has been faster
+        """
+        self._progress.phase = "copying"
+        copier = Copier(
+            self._repository,
+            self._repository.fetcher(self._attempt.mirror),
+            attempt=self._attempt.id,
+            index=writer,
+            limits=self._limits,
+            progress=self._progress,
+        )
+        try:
+            await copier.run(_groups(needs))
+        except ExceptionGroup as error:
+            if isinstance(reported(error), ChunkMissing) and await self._scene.moved():
+                raise others_at_work() from None
+            raise
+
+    async def _put_swept(self) -> None:
+        """Put small end markers where removed snapshots stand: their names stay taken."""
+        for attempt in sorted(self._attempt.commits.gone):
+            name = f"snapshots/{attempt}"
+            body = self._sealer.seal(sealing.END, name, self._attempt.id, encode(End("swept", time.time_ns())))
+            await self._connector.put(name, [body])
+
+
+class Merge(_Replacing):
+    """Merges index objects without a sweep: many small ones, but for those that name marked packs."""
+
+    deleted_objects = 0
+
+    async def run(self) -> None:
+        """Put one in the place of many, commit, delete; and delete those of revoked attempts."""
+        self._progress.phase = "merging"
+        await self._scene.look()
+        commits, marked = self._attempt.commits, self._attempt.marked
+        spared = await self._scene.naming(marked) if marked else frozenset()
+        ours = [info for info in self._scene.index if info.name not in spared]
+        small = {
+            info.name for info in ours if info.size_bytes < _SMALL_BYTES and attempt_of(info.name) in commits.committed
+        }
+        # Void ones may name what is marked.
+        void = set() if marked else {info.name for info in ours if attempt_of(info.name) in commits.revoked}
+        if len(small) < _MANY:
+            small = set()
+        else:
+            await self._publish(await self._writer(), small)
+        await self._delete(small | void)
+        self.deleted_objects = len(small | void)
+
+
+def _groups(needs: Needs) -> Iterator[list[tuple[bytes, Location, bool]]]:
+    """What is to be copied, so many chunks at a time, those of one pack together."""
+    packs: set[bytes] = set()
+    count = 0
+    for pack in sorted(needs.copies):
+        packs.add(pack)
+        count += needs.copies[pack]
+        if count >= COPIES_AT_ONCE:
+            yield list(needs.to_copy(packs))
+            packs, count = set(), 0
+    if packs:
+        yield list(needs.to_copy(packs))
