@@ -10,7 +10,7 @@ from coffret.commands.line import EPILOG
 from coffret.commands.running import DAMAGE_FOUND, Session, common_path, split_target
 from coffret.display import counted, printable
 from coffret.engine.check_subset import Subset
-from coffret.engine.repository import open_storage
+from coffret.engine.opening import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

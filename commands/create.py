@@ -12,8 +12,8 @@ from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
 from coffret.engine.creation import check_like, create_repository
 from coffret.engine.errors import UsageError
+from coffret.engine.opening import bare_storage
 from coffret.engine.passphrase import passphrase_is_set
-from coffret.engine.repository import bare_storage
 
 if TYPE_CHECKING:
     from coffret.engine.repository import Repository

@@ -12,7 +12,7 @@ from coffret.commands.line import EPILOG
 from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
 from coffret.engine.errors import TargetError, UsageError, WrongPassphrase
-from coffret.engine.repository import bare_storage
+from coffret.engine.opening import bare_storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,8 +22,9 @@ import click
 from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
 from coffret.engine.errors import CoffretError, Damaged, OutOfSpace, UsageError, WrongPassphrase, reported
+from coffret.engine.opening import open_repository
 from coffret.engine.passphrase import PREFIX, passphrase_from_environment, passphrase_is_set, passphrase_variables
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 from coffret.engine.units import parse_size
 
 if TYPE_CHECKING:

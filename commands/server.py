@@ -12,7 +12,7 @@ import click
 from coffret.commands.line import EPILOG
 from coffret.display import OutputLost, ReaderGone, counted, printable
 from coffret.engine.errors import UsageError
-from coffret.engine.repository import bare_storage
+from coffret.engine.opening import bare_storage
 from coffret.engine.units import format_duration, format_size, parse_size
 
 if TYPE_CHECKING:

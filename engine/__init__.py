@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coffret.engine.creation import create_repository
-    from coffret.engine.repository import Repository, open_repository
+    from coffret.engine.opening import open_repository
+    from coffret.engine.repository import Repository
 
 __all__ = ["Repository", "create_repository", "open_repository"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from coffret.engine import creation, repository
+        from coffret.engine import creation, opening
 
-        return getattr(creation if name == "create_repository" else repository, name)
+        return getattr(creation if name == "create_repository" else opening, name)
     raise AttributeError(name)

@@ -14,7 +14,8 @@ from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError
 from coffret.engine.keyring import put_slot
 from coffret.engine.objects import put_once
-from coffret.engine.repository import OpenOptions, bare_storage, check_not_lost
+from coffret.engine.opening import bare_storage, check_not_lost
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

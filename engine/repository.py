@@ -1,33 +1,23 @@
-"""A repository opened: the way into the engine for the command line and for programs that use it as a library.
-
-async with open_repository("/var/backups", passphrase=lambda: b"…") as repository:
-    summary = await repository.backup([b"/etc"])
-"""
+"""An open repository: what can be done with one. `engine.opening` opens it."""
 
 from __future__ import annotations
 
 import os
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
 from anyio import to_thread
 
-from coffret.connectors.errors import ConnectorError, NotFound
-from coffret.connectors.registry import Transfers, connect
-from coffret.engine import configuration, keys, state
-from coffret.engine.errors import CoffretError, Damaged, NoRepository, UsageError, WrongPassphrase
-from coffret.engine.flow import together
-from coffret.engine.keyring import Keyring, read_keyring
-from coffret.engine.readahead import ReadAhead
+from coffret.connectors.registry import Transfers
+from coffret.engine import configuration, state
+from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.sealing import Sealer
 from coffret.engine.seen import Rollback, Watch, seen_path, state_of
 from coffret.engine.seen import check_expected as check_expected_state
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from coffret.connectors.base import Connector
@@ -39,7 +29,8 @@ if TYPE_CHECKING:
     from coffret.engine.ops.restore import RestoreOptions, RestoreSummary
     from coffret.engine.ops.sync import SyncOptions, SyncSummary
     from coffret.engine.progress import Progress
-    from coffret.engine.records import Config, Entry, SourceFault
+    from coffret.engine.readahead import ReadAhead
+    from coffret.engine.records import Entry, SourceFault
     from coffret.engine.sealing import Secrets
     from coffret.engine.snapshot import Commits, Snapshot
     from coffret.engine.storecache import StoreCache
@@ -226,7 +217,7 @@ class Repository:
 
     async def _about_to_write(self) -> None:
         if not self._writing:
-            await to_thread.run_sync(partial(_check_pins, self.connector, self.config_data, self.options, writing=True))
+            await to_thread.run_sync(partial(check_pins, self.connector, self.config_data, self.options, writing=True))
             self._writing = True
 
     async def listed(self) -> Commits:
@@ -321,7 +312,7 @@ class Repository:
         only what Coffret keeps of repositories is left out.
         """
         asked_for = [os.path.realpath(os.fsdecode(root)) for root in roots]
-        cache = _cache_folder(self.options), self.options.cache_dir, ("[0-9a-f]" * 64 + "-*",)
+        cache = cache_folder(self.options), self.options.cache_dir, ("[0-9a-f]" * 64 + "-*",)
         kept = self.options.state_dir or state.state_folder(), self.options.state_dir, state.KINDS
         places: list[Path] = []
         for folder, chosen, patterns in (cache, kept):
@@ -347,93 +338,10 @@ def _identities(places: Sequence[Path]) -> Iterator[tuple[int, int]]:
         yield status.st_dev, status.st_ino
 
 
-@asynccontextmanager
-async def open_repository(
-    url: str,
-    *,
-    passphrase: Callable[[], bytes] | None = None,
-    options: OpenOptions | None = None,
-    writing: bool = False,
-    listing: bool = False,
-    transfers: bool = False,
-) -> AsyncIterator[Repository]:
-    """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
-
-    `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
-    put in its place. `listing`: for what asks for snapshots first of all, as all reading does: of a storage elsewhere
-    they are listed while the key is derived. `transfers`: for what will move much, so that connections are ready then.
-
-    :raises NoRepository: if there is none
-    :raises UsageError: if it has no encryption, and that is asked for
-    :raises WrongPassphrase: if the passphrase opens nothing, or none is given
-    :raises RepositoryChanged: if it is not the one that was at this location before, or not in the state expected
-    """
-    from coffret.engine.mirror import Mirror, mirror_folder
-
-    options = options or OpenOptions()
-    async with bare_storage(url, options) as connector:
-        if transfers:
-            connector.expect_transfers()
-        ahead = ReadAhead(connector) if listing and not connector.places else None
-        likely = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
-        data, keyring, _ = await together(
-            partial(_config, connector, url),
-            partial(_keyring, connector, likely),
-            ahead.fetch_lists if ahead else _nothing,
-        )
-        config = configuration.parse_config(data)
-        _check_pins(connector, data, options, pin=False)
-        _check_encryption(config, url, options)
-        folder, cache, kept = None, _cache_folder(options), None
-        if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
-            folder = mirror_folder(cache, config.repository_id, connector.location)
-        mirror = await Mirror.open(folder, config.repository_id)
-        if folder is not None and not mirror.why_private and not connector.places:
-            from coffret.engine.storecache import StoreCache
-
-            kept = StoreCache(folder / "stored.db")
-        try:
-            digest = configuration.config_hash(data)
-            if isinstance(keyring, Keyring) and keyring.log_config not in ("", digest.hex()):
-                keyring = await read_keyring(connector, digest)  # a log of another repository says nothing
-            (slot_id, secrets), _ = await together(
-                partial(_unlock, keyring, config, digest, passphrase, likely),
-                partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
-            )
-            note = _check_pins(connector, data, options, writing=writing)
-            if slot_id != likely:
-                await to_thread.run_sync(state.remember_slot, connector.location, slot_id, options.state_dir)
-            notes = [note] if note else []
-            if options.use_cache and mirror.why_private:
-                notes.append(f"no local cache is kept: {mirror.why_private}")
-            repository = Repository(
-                connector,
-                data,
-                secrets,
-                mirror,
-                slot_id=slot_id,
-                options=options,
-                notes=notes,
-                kept=kept,
-                cache_folder=None if mirror.why_private else folder,
-                writing=writing,
-                ahead=ahead,
-            )
-            if options.expect_state is not None:  # whatever is to be done
-                await repository.commits()
-            yield repository
-            notes += connector.notes
-        finally:
-            with anyio.CancelScope(shield=True):
-                await mirror.close()
-                if kept is not None:
-                    await kept.close()
-
-
-def _check_pins(
+def check_pins(
     connector: Connector, data: bytes, options: OpenOptions, *, pin: bool = True, writing: bool = False
 ) -> str:
-    """Whether this is the repository that was here before; see `state.check`."""
+    """Whether the repository with this config is the one that was here before; see `state.check`."""
     config = configuration.parse_config(data)
     return state.check(
         connector.location,
@@ -447,115 +355,8 @@ def _check_pins(
     )
 
 
-@asynccontextmanager
-async def open_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
-    """The storage of a repository, without its keys: for what needs no passphrase.
-
-    :raises NoRepository: if there is no repository
-    :raises UsageError: if it has no encryption, and that is asked for
-    :raises RepositoryChanged: if it is not the one expected
-    """
-    options = options or OpenOptions()
-    if options.expect_state is not None:
-        raise UsageError(
-            "what state a repository is in nobody can tell without its keys", remedy="leave out --expect-state"
-        )
-    async with bare_storage(url, options) as connector:
-        config = configuration.parse_config(await _config(connector, url))
-        state.check_expected(connector.location, config.repository_id, options.expect_id)
-        _check_encryption(config, url, options)
-        yield connector
-
-
-async def known_config(connector: Connector, url: str, options: OpenOptions) -> bytes:
-    """The stored config of the repository that was at this location before, for what needs no keys.
-
-    :raises NoRepository: if there is none
-    :raises UsageError: if it has no encryption, and that is asked for
-    :raises RepositoryChanged: if it is another than before, or than the one expected
-    """
-    data = await _config(connector, url)
-    await to_thread.run_sync(partial(_check_pins, connector, data, options, pin=False))
-    _check_encryption(configuration.parse_config(data), url, options)
-    return data
-
-
-@asynccontextmanager
-async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIterator[Connector]:
-    """The storage at a location, whatever is there: for putting back what a repository lost."""
-    options = options or OpenOptions()
-    connector, calls = connect(url, options.connector, options.transfers)
-    async with connector:
-        options.calls[connector.location] = calls
-        yield connector
-
-
-async def _config(connector: Connector, url: str) -> bytes:
-    try:
-        return await connector.peek(configuration.CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)
-    except NotFound:
-        await check_not_lost(connector, url)
-        raise NoRepository(f"no repository at {url}") from None
-
-
-async def check_not_lost(connector: Connector, url: str) -> None:
-    """Where there is no config, there must be no packs either.
-
-    :raises NoRepository: if there are
-    """
-    with suppress(ConnectorError):
-        async for _ in connector.list("packs/"):
-            raise NoRepository(
-                f"{url} holds a repository that has lost its config",
-                remedy="put it back from a recovery file: `coffret at REPO passphrase add --from FILE`; or, if it is a "
-                "clone that was interrupted, run that again",
-            )
-
-
-def _check_encryption(config: Config, url: str, options: OpenOptions) -> None:
-    """Refuse a repository without encryption, if so asked: before it is remembered, and before anything is stored."""
-    if options.encrypted_only and not config.encrypted:
-        raise UsageError(
-            f"a passphrase is given, but the repository at {url} has no encryption",
-            remedy="unset it if that is intended; otherwise do not trust this storage",
-        )
-
-
-async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
-    """The key slots, read beside the config; an error is for those who need them."""
-    try:
-        return await read_keyring(connector, likely=likely)
-    except (CoffretError, ConnectorError) as error:
-        return error
-
-
-async def _unlock(
-    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None, likely: str
-) -> tuple[str, Secrets]:
-    if not config.encrypted:
-        return "", configuration.clear_secrets(config)
-    if isinstance(keyring, Exception):
-        raise keyring
-    if passphrase is None:
-        raise WrongPassphrase("the repository is encrypted and no passphrase was given")
-    given = passphrase()
-    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely)
-
-
-async def _nothing() -> None:
-    """What is done where nothing is to be read ahead."""
-
-
-def _not_kept(kept: StoreCache | None) -> Callable[[Sequence[str]], Awaitable[Collection[str]]]:
-    """What tells which of some objects are not kept on this machine."""
-
-    async def lacking(names: Sequence[str]) -> Collection[str]:
-        return set(names) - (await kept.get(names)).keys() if kept is not None else names
-
-    return lacking
-
-
-def _cache_folder(options: OpenOptions) -> Path:
+def cache_folder(options: OpenOptions) -> Path:
+    """Where this machine caches what it knows of repositories."""
     if options.cache_dir is not None:
         return options.cache_dir
     from platformdirs import user_cache_path

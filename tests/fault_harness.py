@@ -167,7 +167,7 @@ def replace_tree(source: Path, target: Path) -> None:
 
 def forget_seen(home: Path) -> None:
     """Let this user have seen no snapshots: where a repository is put back as it was, that is no rollback."""
-    for path in (home / "state").rglob("*.seen"):
+    for path in (home / "state").rglob("seen/*.json"):
         path.unlink()
 
 

@@ -28,8 +28,9 @@ import pytest
 from tests.tree_state import remove_tree
 
 from coffret.engine.creation import create_repository
+from coffret.engine.opening import open_repository
 from coffret.engine.progress import Progress
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping

@@ -213,7 +213,8 @@ def test_verbose(program: Program, tmp_path: Path) -> None:
     assert "\x1b" not in backup.text
     lines = [line for line in backup.plain if line]
     assert any(line.endswith(rf": OK ✓ {tmp_path}/source/\xffodd\x1b]0;title\x07") for line in lines)
-    assert all(": OK ✓ " in line for line in lines[:-2])
+    assert all(": OK ✓ " in line for line in lines[:-3])
+    assert lines[-3].startswith("state ")
     assert lines[-1].startswith("backup: storage: ")
 
 

@@ -22,11 +22,12 @@ from coffret.engine.errors import WrongPassphrase
 from coffret.engine.fetch import Fetcher
 from coffret.engine.known import KnownChunks
 from coffret.engine.objects import TRASH, list_objects
+from coffret.engine.opening import open_repository
 from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.restore import RestoreOptions
 from coffret.engine.packfile import pack_name
 from coffret.engine.records import Entry, pack_ref
-from coffret.engine.repository import OpenOptions, Repository, open_repository
+from coffret.engine.repository import OpenOptions, Repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,9 @@ from coffret.connectors.memory import MemoryConnector
 from coffret.engine import state
 from coffret.engine.creation import create_repository
 from coffret.engine.errors import WrongPassphrase, reported
+from coffret.engine.opening import open_repository
 from coffret.engine.readahead import ReadAhead
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -115,7 +116,7 @@ async def test_little_is_held() -> None:
 async def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyConnector:
     """An encrypted repository in memory, taken for one elsewhere."""
     storage = FaultyConnector(MemoryConnector("elsewhere"))
-    monkeypatch.setattr("coffret.engine.repository.connect", lambda *_: (storage, {}))
+    monkeypatch.setattr("coffret.engine.opening.connect", lambda *_: (storage, {}))
     with cheap_passphrases():
         await create_repository(URL, passphrase=b"right", options=options(tmp_path))
     return storage

@@ -20,7 +20,8 @@ from coffret.connectors.errors import ConnectionLost, TransientError
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.sqlite import SQLiteConnector
 from coffret.engine.creation import create_repository
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.opening import open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

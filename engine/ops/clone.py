@@ -30,8 +30,9 @@ from coffret.engine.copier import Copier
 from coffret.engine.creation import probe
 from coffret.engine.errors import CoffretError, InTheWay, NoRepository, UsageError
 from coffret.engine.objects import put_once
+from coffret.engine.opening import bare_storage, known_config
 from coffret.engine.progress import Progress
-from coffret.engine.repository import OpenOptions, bare_storage, known_config
+from coffret.engine.repository import OpenOptions
 from coffret.engine.settings import LEASE_REFRESH_S
 
 if TYPE_CHECKING:

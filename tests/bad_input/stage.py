@@ -12,8 +12,9 @@ from tests.fault_harness import PASSPHRASE, Here, contents, make_source, replace
 
 from coffret.engine import sealing
 from coffret.engine.attempt import Lease
+from coffret.engine.opening import open_repository
 from coffret.engine.records import Mark, Removal, encode
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

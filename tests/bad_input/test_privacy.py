@@ -14,7 +14,8 @@ from tests import fault_harness
 from tests.fault_harness import PASSPHRASE, Here
 
 from coffret.connectors.local import LocalConnector
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.opening import open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

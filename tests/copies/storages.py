@@ -11,9 +11,10 @@ from tests.harness import ROOT, Recorder
 
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.memory import MemoryConnector
+from coffret.engine.opening import open_repository
 from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.clone import CloneSummary, clone
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,9 +15,9 @@ from coffret.engine import sealing
 from coffret.engine.creation import create_repository
 from coffret.engine.errors import CoffretError
 from coffret.engine.index import index_name, open_index
+from coffret.engine.opening import open_repository
 from coffret.engine.packfile import PackBuilder, pack_name
 from coffret.engine.records import End, IndexObject, PackTable, encode, iter_refs
-from coffret.engine.repository import open_repository
 from coffret.engine.snapshot import load_commits, snapshot_name
 
 if TYPE_CHECKING:

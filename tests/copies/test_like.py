@@ -15,8 +15,9 @@ from coffret.engine import keys, sealing
 from coffret.engine.configuration import config_bytes, config_hash, new_config, parse_config
 from coffret.engine.errors import Damaged
 from coffret.engine.keyring import put_slot
+from coffret.engine.opening import open_repository
 from coffret.engine.records import ChunkerConfig, Config, iter_refs
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,9 @@ from tests import fault_harness
 from tests.fault_harness import Here, make_source, objects, put_in_place, replace_tree
 
 from coffret.engine import sealing
+from coffret.engine.opening import open_repository
 from coffret.engine.records import End, encode
-from coffret.engine.repository import OpenOptions, open_repository
+from coffret.engine.repository import OpenOptions
 from coffret.engine.seen import change_seen, read_seen, state_of
 
 if TYPE_CHECKING:
