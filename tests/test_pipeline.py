@@ -237,16 +237,15 @@ async def test_each_put_fails(storage: Storage, tmp_path: Path, lost: bool) -> N
 
 
 async def test_revoked(storage: Storage, source: Path) -> None:
-    """Maintenance took the writer for dead: it tries again as another, and commits a whole snapshot."""
+    """Maintenance took the writer for dead: another attempt takes its work over, and commits a whole snapshot."""
     rivals = 1
     notes: list[str] = []
 
     async def revoke(method: str, name: str) -> None:
         nonlocal rivals
-        if rivals and method == "put" and name.startswith("packs/"):
+        if rivals and method == "put" and name.startswith("index/"):
             rivals -= 1
-            (lease,) = await storage.names("leases/")
-            attempt = bytes.fromhex(lease.partition("/")[2])
+            attempt = bytes.fromhex(name.partition("/")[2].partition("-")[0])
             taken = f"snapshots/{attempt.hex()}"
             if taken in await storage.names("snapshots/"):
                 return
@@ -258,7 +257,7 @@ async def test_revoked(storage: Storage, source: Path) -> None:
     progress.on_note = notes.append
     async with storage.open(FaultyConnector(storage.memory, before=revoke)) as repository:
         await repository.backup([bytes(source)], LEAST, progress)
-    assert any("trying again" in note for note in notes)
+    assert any("another one takes over" in note for note in notes)
     assert len(await storage.names("snapshots/")) == 2
     await storage.verify(source)
 

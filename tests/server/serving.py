@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -194,6 +195,15 @@ class Raw:
     def finish(self) -> None:
         """Say that nothing more will be sent."""
         self._socket.shutdown(socket.SHUT_WR)
+
+    def is_closed(self) -> bool:
+        """Whether the other side has closed it; does not wait, and takes nothing."""
+        if not select.select([self._socket], [], [], 0)[0]:
+            return False
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK) == b""
+        except ConnectionError:
+            return True
 
     def receive(self, most_bytes: int = 1 << 16) -> bytes:
         """What comes next; b"" at the end, however it ends."""
