@@ -138,7 +138,8 @@ class SyncBench(Ledger):
 
     @staticmethod
     def _forget(source: Place) -> None:
-        """Let the next sync know nothing of this one."""
+        """Let the next sync know nothing of this one, nor which repository was there."""
+        shutil.rmtree(source.home / "state", ignore_errors=True)
         for path in (source.home / "cache").rglob("ids-*.db*"):
             path.unlink()
 
