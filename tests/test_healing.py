@@ -73,6 +73,12 @@ class Home:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    """One loop is enough: channels, threads and processes, where loops differ, have tests of their own."""
+    return "asyncio"
+
+
+@pytest.fixture
 async def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """One snapshot of a source that counts as old: nothing of it is read again for being fresh."""
     monkeypatch.setattr("coffret.engine.settings.RACY_NS", 0)

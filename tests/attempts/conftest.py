@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """One loop is enough: channels, threads and processes, where loops differ, have tests of their own."""
+    return "asyncio"
+
+
 @pytest.fixture(autouse=True)
 async def _mirrors_are_closed() -> AsyncIterator[None]:
     yield

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    """One loop is enough: channels, threads and processes, where loops differ, have tests of their own."""
+    return "asyncio"
+
+
+@pytest.fixture
 async def closed_mirrors() -> AsyncIterator[None]:
     """For tests that open a storage."""
     yield

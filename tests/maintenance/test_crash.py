@@ -29,12 +29,6 @@ NOW = MaintenanceOptions(grace_s=0)
 clock = [1.8e9]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """What is cut off where is the same on every loop."""
-    return "asyncio"
-
-
 class Dying(Wrapper):
     """A storage whose user dies at a call, by its number among those that change something; `done`: after it."""
 

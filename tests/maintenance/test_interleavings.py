@@ -154,12 +154,6 @@ async def run(home: Path, seed: int) -> Stage:
     return stage
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """The order of calls is the scheduler's: one loop will do."""
-    return "asyncio"
-
-
 @pytest.mark.anyio
 @pytest.mark.usefixtures("closed_mirrors")
 @pytest.mark.parametrize("batch", range(4))

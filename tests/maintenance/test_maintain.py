@@ -32,12 +32,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("closed_mirrors")]
 NOW = MaintenanceOptions(grace_s=0)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """What maintenance decides is the same on every loop."""
-    return "asyncio"
-
-
 class Scene:
     """A repository with a clock, and snapshots of pieces."""
 

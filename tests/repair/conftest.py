@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
+def anyio_backend() -> str:
+    """One loop is enough: channels, threads and processes, where loops differ, have tests of their own."""
+    return "asyncio"
+
+
+@pytest.fixture
 async def storage() -> AsyncIterator[Storage]:
     yield Storage()
     while mirrors:

@@ -39,12 +39,6 @@ pytestmark = pytest.mark.anyio
 FAST = SnapshotRepairOptions(fast=True)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """One loop will do: what depends on it is tested with the stages, and with the index."""
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_packs, "OPEN_WORKERS", 1)
