@@ -11,9 +11,8 @@ and gathered into new blocks. Memory, in the order the bytes flow: slabs (a rang
 
 from __future__ import annotations
 
-import mmap
 import threading
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,11 +22,10 @@ import zstandard
 from anyio import to_thread
 from blake3 import blake3
 
-from coffret.engine.chunkpool import Slab
 from coffret.engine.dedup import dedup_stage
 from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.fetch import LOST, MAX_RANGE_BYTES, Range, coalesce, unreadable
-from coffret.engine.flow import Channel, Waiters
+from coffret.engine.flow import Channel
 from coffret.engine.messages import RawBlock, Run
 from coffret.engine.packer import Packer
 from coffret.engine.packfile import PackBuilder, pack_name
@@ -35,11 +33,13 @@ from coffret.engine.records import REF_BYTES, iter_refs, pack_ref
 from coffret.engine.seal import seal_stage
 from coffret.engine.sealing import RAW, TAG_BYTES, ZSTD
 from coffret.engine.settings import BLOCK_BYTES, MIB
+from coffret.engine.sync_slabs import Slabs
 from coffret.engine.upload import upload_stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
+    from coffret.engine.chunkpool import Slab
     from coffret.engine.index import IndexWriter
     from coffret.engine.known import KnownChunks
     from coffret.engine.mirror import Location
@@ -111,44 +111,6 @@ class Found(dict[bytes, bytes]):
         """Note those that are not noted yet."""
         fresh, self._fresh = self._fresh, {}
         await self._note(fresh)
-
-
-class Slabs:
-    """A pool of memory for ranges: of each slab one half takes what is stored, the other what is decrypted."""
-
-    def __init__(self, count: int, half_bytes: int) -> None:
-        self.half_bytes = half_bytes
-        self._spare = count
-        self._maps: list[mmap.mmap] = []
-        self._free: list[memoryview] = []
-        self._returned = Waiters()
-
-    async def acquire(self) -> Slab:
-        """A free slab, waiting for one."""
-        while not self._free and not self._spare:
-            await self._returned.wait()
-        if self._free:
-            view = self._free.pop()
-        else:
-            self._spare -= 1
-            self._maps.append(mmap.mmap(-1, 2 * self.half_bytes))
-            view = memoryview(self._maps[-1])
-        return Slab(view, partial(self._return, view))
-
-    def _return(self, view: memoryview) -> None:
-        self._free.append(view)
-        self._returned.wake()
-
-    def close(self) -> None:
-        """Give the memory back to the system."""
-        for view in self._free:
-            view.release()
-        self._free.clear()
-        for memory in self._maps:
-            memory.madvise(mmap.MADV_DONTNEED)  # after an error, tracebacks hold frames, and those hold views
-            with suppress(BufferError):
-                memory.close()
-        self._maps.clear()
 
 
 class Mover:
