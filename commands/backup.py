@@ -71,7 +71,7 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
             # Listed anew: others may have made snapshots meanwhile.
             state = None
             if (display.as_json or display.verbose) and not given["dry_run"]:
-                state = repository.state_of((await repository.commits()).snapshots)
+                state = repository.state_of((await repository.listed()).snapshots)
         return _report(session, summary, state=state, dry_run=given["dry_run"])
 
     return session.run(backup, progress=True)

@@ -31,8 +31,8 @@ KINDS = ("config", "keys", "removals", "leases", "trash", "removed", "index", "s
 # What nothing can tell from what is meant to be: these come and go, or are the only trace of what they say. What a lost
 # log of removed key slots means is told in docs/security.md.
 UNTOLD = {(kind, "deleted") for kind in ("removals", "leases", "trash", "removed")}
-# The new line at its end is not what counts; and another repository's log says nothing of these slots.
-UNTOLD |= {("removals", "cut by 1"), ("removals", "foreign")}
+# The new line at its end is not what counts.
+UNTOLD |= {("removals", "cut by 1")}
 # `check` ends otherwise where there is no repository any more, or another one.
 CODES = {("config", "deleted"): (10,), ("config", "foreign"): (1,), ("config", "version"): (1, 4)}
 # Far above what a command takes with one worker, and far below what damaged numbers can claim (MiB).
