@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 
 from coffret.connectors import httperrors, httpplace
@@ -109,6 +110,8 @@ class Client:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+            # Sockets are closed in the loop's next turn, which may be its last.
+            await anyio.lowlevel.cancel_shielded_checkpoint()
 
     async def _ask(
         self,
