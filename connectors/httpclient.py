@@ -43,6 +43,8 @@ _KEEPALIVE_S = 30.0
 # What is taken from a connection before it has to wait for the reader: at 256 KiB gets were a fifth slower.
 _READ_BUFFER_BYTES = 1 << 20
 _MAX_MESSAGE_BYTES = 4096
+# How long sockets of requests that were cut off may take to close over TLS (s); aiohttp's documents say as much.
+_LINGER_S = 0.25
 _MAX_INFO_BYTES = 1 << 20
 
 
@@ -70,6 +72,7 @@ class Client:
         self._session: ClientSession | None = None
         self._token_source = ""
         self._reached = self._greeted = False
+        self._cut_off = False  # a request, before its answer began
 
     async def ask(
         self,
@@ -109,9 +112,13 @@ class Client:
         """Close all connections."""
         session, self._session = self._session, None
         if session is not None:
-            await session.close()
-            # Sockets are closed in the loop's next turn, which may be its last.
-            await anyio.lowlevel.cancel_shielded_checkpoint()
+            with anyio.CancelScope(shield=True):
+                if session.connector is not None:
+                    await session.connector.close(abort_ssl=True)  # an orderly end would wait for the other side
+                await session.close()
+                # Sockets are closed in the loop's next turns, which may be its last; over TLS those of requests that
+                # were cut off take until the other side has agreed, or this time.
+                await anyio.sleep(_LINGER_S if self._cut_off and self.place.is_tls else 0)
 
     async def _ask(
         self,
@@ -130,9 +137,13 @@ class Client:
                 session = self._session or await self._connect()
                 with watch.scope:
                     watch.moved()
-                    answer = await session.request(
-                        method, self._url(path), data=body, headers=headers, allow_redirects=False
-                    )
+                    try:
+                        answer = await session.request(
+                            method, self._url(path), data=body, headers=headers, allow_redirects=False
+                        )
+                    except BaseException:
+                        self._cut_off = True
+                        raise
                     self._reached = True
                     watch.moved()
                     try:
