@@ -155,7 +155,7 @@ async def test_a_page_that_is_lost(place: Path, monkeypatch: pytest.MonkeyPatch,
         reasons = [fault.reason for fault in faults]
         assert sum(f"lost: {lost} entries from " in reason for reason in reasons) == 1
         assert len(faults) == 1 + len(stand_ins)
-        assert bool(stand_ins) == (number == 0)
+        assert stand_ins or number  # of the first page directories are lost; of others perhaps
         assert made.header.counts.files + sum(map(stat.S_ISREG, pages[bad].values())) == header.counts.files
         assert await is_clean(c, made)
 
