@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -38,7 +39,9 @@ from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_end, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
+
+    from anyio.abc import TaskGroup
 
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.mirror import Mirror
@@ -61,9 +64,9 @@ class Lease(msgspec.Struct):
 
 
 class Attempt:
-    """One try. `announce` makes it known, `begin` learns the repository's state, `commit` ends it with a snapshot.
+    """One try, made within `at_work`: `begin` learns the repository's state, `commit` ends it with a snapshot.
 
-    `commit_maintained` ends one that made none: it put index objects only.
+    `conclude` ends one that made none: it put index objects only.
 
     After `begin`: `commits` as listed, `marked` the packs to be swept, `damaged` the index objects that can't be read
     (with the reason): what only they locate is absent. `mirror` is the attempt's own view.
@@ -88,9 +91,26 @@ class Attempt:
         return f"leases/{self.id.hex()}"
 
     async def announce(self) -> None:
-        """Put the lease; then it is to be refreshed by `keep`."""
+        """Put the lease."""
         self._leased = True
         await self._put_lease()
+
+    @asynccontextmanager
+    async def at_work(self, progress: Progress, *, announced: bool = True) -> AsyncIterator[TaskGroup]:
+        """Do the body's work as this attempt: announced, unless nothing is put, its lease refreshed, ended in any case.
+
+        The body is given a group for its helpers, which are cancelled when it ends.
+        """
+        async with anyio.create_task_group() as group:
+            try:
+                if announced:
+                    await self.announce()
+                    group.start_soon(self._keep)
+                yield group
+            finally:
+                group.cancel_scope.cancel()
+                if note := await self.end():
+                    progress.note(note)
 
     async def begin(self, *, audit: bool = False) -> None:
         """List trash, index and snapshots, and bring the mirror up to date; `audit`: list packs in any case.
@@ -123,7 +143,7 @@ class Attempt:
         if self.mirror.left:
             progress.note(f"no local cache is used: {self.mirror.left}")
 
-    async def keep(self) -> None:
+    async def _keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
         while True:
             await anyio.sleep(LEASE_REFRESH_S)
@@ -139,10 +159,10 @@ class Attempt:
         """
         await self._commit(seal_snapshot(self._sealer, snapshot))
 
-    async def commit_maintained(self) -> None:
-        """Say that it has ended well, without a snapshot: from now on its index objects are good.
+    async def conclude(self) -> None:
+        """End well without a snapshot: from now on what the attempt's index objects say counts.
 
-        :raises LeaseLost: if maintenance has ended this attempt
+        :raises LeaseLost: if another process has ended this attempt
         """
         await self._commit(seal_end(self._sealer, self.id, End("maintained", time.time_ns())))
 
@@ -154,18 +174,6 @@ class Attempt:
             raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
         if self._kept is not None:  # the next run begins with reading it
             await self._kept.keep({name: body})
-
-    async def conclude(self) -> None:
-        """End without a snapshot, as maintenance does: from now on what the attempt's index objects say counts.
-
-        :raises LeaseLost: if another process has ended this attempt
-        """
-        name = snapshot_name(self.id)
-        body = self._sealer.seal(sealing.END, name, self.id, encode(End("maintained", time.time_ns())))
-        try:
-            await put_once(self._connector, name, body)
-        except AlreadyExists:
-            raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
 
     async def clock(self) -> float:
         """The storage's time now (s since 1970), as far as the lease was put or refreshed just now.

@@ -102,7 +102,7 @@ class IndexRepair:
         if not self.summary.indexed:
             return
         await self._index.flush(last=True)
-        await self.attempt.commit_maintained()
+        await self.attempt.conclude()
 
     async def drop(self) -> None:
         """Delete the index objects that can't be read, if all that they could have named is named now."""

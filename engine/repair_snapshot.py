@@ -80,8 +80,6 @@ class SnapshotRepair:
     async def begin(self, group: TaskGroup) -> bool:
         """Learn the repository's state; whether the snapshot is still there. `group`: for helpers."""
         repository, attempt = self._repository, self.attempt
-        await attempt.announce()
-        group.start_soon(attempt.keep)
         await attempt.begin(audit=True)
         mirror = attempt.mirror
         bad = attempt.marked | mirror.bad_packs | self._damage.packs

@@ -129,11 +129,8 @@ def _begin_anew(progress: Progress) -> None:
 
 
 async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> BackupSummary:
-    async with anyio.create_task_group() as group:
+    async with work.attempt.at_work(progress, announced=not options.dry_run) as group:
         try:
-            if not options.dry_run:
-                await work.attempt.announce()
-                group.start_soon(work.attempt.keep)
             await work.attempt.begin(audit=options.force)
             work.tell()
             await work.watch()
@@ -142,10 +139,6 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
         except BaseException:
             await work.salvage()
             raise
-        finally:
-            group.cancel_scope.cancel()
-            if note := await work.attempt.end():
-                progress.note(note)
     raise AssertionError("a task group does not swallow what it did not cancel")
 
 

@@ -173,20 +173,14 @@ class _Maintenance:
         attempt = Attempt(
             self._connector, self._sealer, self._repository.mirror, what="maintenance", kept=self._repository.kept
         )
-        async with anyio.create_task_group() as group:
+        async with attempt.at_work(self._progress):
             try:
-                await attempt.announce()
-                group.start_soon(attempt.keep)
                 return await work(attempt)
             except BaseException:
                 if attempt.unfinished:
                     with suppress(Exception), anyio.move_on_after(_LAST_S, shield=True):
                         await bury(self._connector, self._sealer, attempt.id.hex(), attempt.id)
                 raise
-            finally:
-                group.cancel_scope.cancel()
-                if note := await attempt.end():
-                    self._progress.note(note)
         raise AssertionError("a task group does not swallow what it did not cancel")
 
     # Mark -------------------------------------------------------------------------------------------------------------

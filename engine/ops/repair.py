@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import anyio
-
 from coffret.engine.errors import Damaged, LeaseLost, reported
 from coffret.engine.ops.check import Checking, CheckOptions
 from coffret.engine.ops.rm import remove
@@ -55,19 +53,11 @@ async def repair_index(repository: Repository, options: IndexRepairOptions, prog
 
 
 async def _try_index(work: IndexRepair, options: IndexRepairOptions, progress: Progress) -> None:
-    async with anyio.create_task_group() as group:
-        try:
-            if not options.dry_run:
-                await work.attempt.announce()
-                group.start_soon(work.attempt.keep)
-            await work.run(group)
-            if not options.dry_run:
-                await work.commit()
-            await work.drop()
-        finally:
-            group.cancel_scope.cancel()
-            if note := await work.attempt.end():
-                progress.note(note)
+    async with work.attempt.at_work(progress, announced=not options.dry_run) as group:
+        await work.run(group)
+        if not options.dry_run:
+            await work.commit()
+        await work.drop()
 
 
 def _go_on(error: Exception, tries_left: int, progress: Progress) -> None:
@@ -172,16 +162,11 @@ async def _repair(repository: Repository, snapshot: Snapshot, check: Checking, p
 
 
 async def _try_snapshot(work: SnapshotRepair, check: Checking, progress: Progress) -> Repaired | None:
-    async with anyio.create_task_group() as group:
-        try:
-            if not await work.begin(group):
-                progress.note(f"{work.damaged.short_id} was removed meanwhile")
-                return None
-            check.look(work.attempt.mirror)
-            work.reasons = check.reasons
-            return await work.commit(await work.run())
-        finally:
-            group.cancel_scope.cancel()
-            if note := await work.attempt.end():
-                progress.note(note)
+    async with work.attempt.at_work(progress) as group:
+        if not await work.begin(group):
+            progress.note(f"{work.damaged.short_id} was removed meanwhile")
+            return None
+        check.look(work.attempt.mirror)
+        work.reasons = check.reasons
+        return await work.commit(await work.run())
     raise AssertionError("a task group does not swallow what it did not cancel")

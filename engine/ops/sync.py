@@ -168,10 +168,8 @@ async def _sync_one(
 
 
 async def _try(copy: _Copy, progress: Progress) -> Snapshot | None:
-    async with anyio.create_task_group() as group:
+    async with copy.attempt.at_work(progress) as group:
         try:
-            await copy.attempt.announce()
-            group.start_soon(copy.attempt.keep)
             await copy.attempt.begin()
             if copy.settled():
                 return None
@@ -181,10 +179,6 @@ async def _try(copy: _Copy, progress: Progress) -> Snapshot | None:
         except BaseException:
             await copy.salvage()
             raise
-        finally:
-            group.cancel_scope.cancel()
-            if note := await copy.attempt.end():
-                progress.note(note)
     raise AssertionError("a task group does not swallow what it did not cancel")
 
 

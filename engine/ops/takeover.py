@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import anyio
 from anyio import to_thread
 
 from coffret.engine.attempt import Attempt
@@ -41,26 +40,19 @@ async def take_over(
     :raises LeaseLost: if this attempt is revoked too, in an ExceptionGroup
     """
     attempt = Attempt(repository.connector, repository.sealer, repository.mirror, what="backup", kept=repository.kept)
-    async with anyio.create_task_group() as group:
-        try:
-            await attempt.announce()
-            group.start_soon(attempt.keep)
-            await attempt.begin()
-            # After the marks: what is listed here, and not marked, stays.
-            sizes = {info.name: info.size_bytes async for info in repository.connector.list("packs/")}
-            marked = attempt.marked | attempt.mirror.bad_packs | bad_packs
-            known = KnownChunks(attempt.mirror, marked=marked)
-            index = IndexWriter(repository.connector, repository.sealer, attempt.id, mirror=attempt.mirror, known=known)
-            if not await _Relocation(repository, old, known, index, marked, sizes).of(header):
-                return None
-            await index.flush(last=True)
-            snapshot = Snapshot(attempt.id, header)
-            await attempt.commit(snapshot)
-            return snapshot
-        finally:
-            group.cancel_scope.cancel()
-            if note := await attempt.end():
-                progress.note(note)
+    async with attempt.at_work(progress):
+        await attempt.begin()
+        # After the marks: what is listed here, and not marked, stays.
+        sizes = {info.name: info.size_bytes async for info in repository.connector.list("packs/")}
+        marked = attempt.marked | attempt.mirror.bad_packs | bad_packs
+        known = KnownChunks(attempt.mirror, marked=marked)
+        index = IndexWriter(repository.connector, repository.sealer, attempt.id, mirror=attempt.mirror, known=known)
+        if not await _Relocation(repository, old, known, index, marked, sizes).of(header):
+            return None
+        await index.flush(last=True)
+        snapshot = Snapshot(attempt.id, header)
+        await attempt.commit(snapshot)
+        return snapshot
     raise AssertionError("a task group does not swallow what it did not cancel")
 
 
