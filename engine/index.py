@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # How often `IndexWriter.keep` looks whether it is time (s).
 _LOOK_EVERY_S = 10.0
+# What an interrupted run may take to save its work (s).
+_SALVAGE_S = 20
 
 
 def index_name(attempt: bytes, number: int) -> str:
@@ -126,6 +129,11 @@ class IndexWriter:
                 for table in tables:
                     for block in table.blocks:
                         self._known.indexed(chunk_id for chunk_id, _ in iter_refs(block.refs))
+
+    async def salvage(self) -> None:
+        """The run ends early: publish what is stored already, if that can be, so that the next one takes it up."""
+        with suppress(Exception), anyio.move_on_after(_SALVAGE_S, shield=True):
+            await self.flush()
 
     def _seal(self, name: str, tables: list[PackTable], adopted: Mapping[bytes, Location]) -> tuple[IndexObject, bytes]:
         index = IndexObject(tables + adopted_tables(adopted))

@@ -9,8 +9,6 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-import anyio
-
 from coffret import __version__
 from coffret.connectors.base import Connector
 from coffret.engine import settings
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
 
 # A revoked writer tries again as a new attempt this many times; each was without a refresh for half an hour.
 _ATTEMPTS = 3
-# What an interrupted run may take to save its work (s).
-_SALVAGE_S = 20
 # So many faults are listed in the snapshot; all are counted and reported.
 _MAX_FAULTS = 10_000
 
@@ -226,11 +222,9 @@ class _Backup:
         await index.flush(last=True)
 
     async def salvage(self) -> None:
-        """The run ends early: index what is stored already, so that the next one takes it up."""
-        if self._index is None:
-            return
-        with contextlib.suppress(Exception), anyio.move_on_after(_SALVAGE_S, shield=True):
-            await self._index.flush()
+        """The run ends early: index what is stored already."""
+        if self._index is not None:
+            await self._index.salvage()
 
     async def commit(self) -> BackupSummary:
         """Put the snapshot; as another attempt, if this one was ended by another process."""

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import anyio
 import msgspec
 
 from coffret.connectors.errors import NotFound
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3
 # What an attempt has counted that comes to nothing is counted again by the next.
 _COUNTERS = ("files", "size_bytes", "read_bytes", "added_bytes", "stored_bytes")
-# What an interrupted run may take to save its work (s).
-_SALVAGE_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +257,9 @@ class _Copy:
         )
 
     async def salvage(self) -> None:
-        """The run ends early: index what is stored already, so that the next one takes it up."""
-        if self._index is None:
-            return
-        with contextlib.suppress(Exception), anyio.move_on_after(_SALVAGE_S, shield=True):
-            await self._index.flush()
+        """The run ends early: index what is stored already."""
+        if self._index is not None:
+            await self._index.salvage()
 
     async def commit(self) -> Snapshot:
         """Put the snapshot."""
