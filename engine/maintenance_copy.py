@@ -10,7 +10,6 @@ what they decompress to), blocks (16 MiB), pack buffers (uploads + 3).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,15 +18,12 @@ from blake3 import blake3
 
 from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.fetch import Range, coalesce
-from coffret.engine.flow import Channel
 from coffret.engine.messages import RawBlock
-from coffret.engine.packer import Packer
-from coffret.engine.packfile import MAX_RAW_BYTES, PackBuilder, pack_name
+from coffret.engine.packfile import MAX_RAW_BYTES, pack_name
+from coffret.engine.pipeline import Storing
 from coffret.engine.records import pack_ref
-from coffret.engine.seal import seal_stage
 from coffret.engine.sealing import RAW, ZSTD, decompress
-from coffret.engine.settings import BLOCK_BYTES, COMPRESSION_LEVELS, MIB
-from coffret.engine.upload import upload_stage
+from coffret.engine.settings import BLOCK_BYTES, COMPRESSION_LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -89,24 +85,20 @@ class Copier:
         limits: Limits,
         progress: Progress,
     ) -> None:
-        self._repository, self._fetcher, self._index, self._progress = repository, fetcher, index, progress
-        self._limits = limits = limits.suited(repository.connector.capabilities)
-        self._blocks = Channel[RawBlock](
-            "blocks", max_items=limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
-        )
-        self._packs = Channel[PackBuilder](
-            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
-        )
-        self._read_blocks, self._seal_packs = self._blocks.sender(), self._packs.sender()
-        self._packer = Packer(
-            repository.sealer,
-            attempt,
-            level=COMPRESSION_LEVELS["default"],
+        self._repository, self._fetcher, self._progress = repository, fetcher, progress
+        self._storing = Storing(
+            connector=repository.connector,
+            sealer=repository.sealer,
             pack_bytes=repository.config.pack_bytes,
-            buffers=limits.pack_buffers,
-            outbox=self._seal_packs,
+            attempt=attempt,
+            index=index,
+            level=COMPRESSION_LEVELS["default"],
+            limits=limits.suited(repository.connector.capabilities),
+            kept=repository.kept,
+            progress=progress,
         )
-        progress.channels = [self._blocks.statistics, self._packs.statistics]
+        self._outbox = self._storing.blocks.sender()
+        progress.channels = self._storing.statistics
         self._gather = Gather()
         self.copied = 0
 
@@ -115,18 +107,15 @@ class Copier:
 
         :raises ChunkMissing: if one can't be had there; `pack` is the pack then
         """
-        threads = anyio.CapacityLimiter(self._limits.sealers + self._limits.uploads)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._read, groups)
-                group.start_soon(self._seal, threads)
-                for _ in range(self._limits.uploads):
-                    group.start_soon(self._upload, threads)
+                self._storing.start(group)
         finally:
-            self._packer.close()
+            self._storing.close()
 
     async def _read(self, groups: Iterable[list[tuple[bytes, Location, bool]]]) -> None:
-        with self._read_blocks as outbox:
+        with self._outbox as outbox:
             iterator = iter(groups)
             while (found := await to_thread.run_sync(next, iterator, None)) is not None:
                 wanted = await to_thread.run_sync(_by_block, found)
@@ -184,24 +173,6 @@ class Copier:
             return None, chunks
         refs = b"".join(pack_ref(chunk_id, len(content)) for chunk_id, content in chunks)
         return RawBlock(wanted.meta, [], [refs], len(raw), packed=body, codec=location.codec), []
-
-    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
-        with self._seal_packs as outbox:
-            async with anyio.create_task_group() as sealers:
-                for _ in range(self._limits.sealers):
-                    sealers.start_soon(partial(seal_stage, self._blocks, outbox, packer=self._packer, threads=threads))
-            await self._packer.finish()
-
-    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
-        await upload_stage(
-            self._packs,
-            connector=self._repository.connector,
-            packer=self._packer,
-            index=self._index,
-            threads=threads,
-            progress=self._progress,
-            kept=self._repository.kept,
-        )
 
 
 def _by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], _Wanted]:

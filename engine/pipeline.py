@@ -35,7 +35,10 @@ from coffret.engine.upload import upload_stage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from anyio.abc import TaskGroup
+
     from coffret.connectors.base import Capabilities, Connector
+    from coffret.engine.flow import ChannelStatistics
     from coffret.engine.index import IndexWriter
     from coffret.engine.known import KnownChunks
     from coffret.engine.progress import Progress
@@ -74,6 +77,74 @@ class Limits:
         return self.uploads + 3
 
 
+class Storing:
+    """The end that all who store chunks share: what is sent to `blocks` is sealed into packs, put, and told to `index`.
+
+    A sending end of `blocks` exists before `start`; when all are closed and the group has ended, everything is stored.
+    `close` is called in any case. `level`: zstd level for what is not packed yet, None for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        connector: Connector,
+        sealer: Sealer,
+        pack_bytes: int,
+        attempt: bytes,
+        index: IndexWriter,
+        level: int | None,
+        limits: Limits,
+        kept: StoreCache | None,
+        progress: Progress,
+    ) -> None:
+        self._connector, self._index, self._kept = connector, index, kept
+        self._limits, self._progress = limits, progress
+        self.blocks = Channel[RawBlock](
+            "blocks", max_items=limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
+        )
+        self._packs = Channel[PackBuilder](
+            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
+        )
+        self._outbox = self._packs.sender()
+        self._packer = Packer(
+            sealer, attempt, level=level, pack_bytes=pack_bytes, buffers=limits.pack_buffers, outbox=self._outbox
+        )
+
+    @property
+    def statistics(self) -> list[ChannelStatistics]:
+        """How full its queues are, for `Progress.channels`."""
+        return [self.blocks.statistics, self._packs.statistics]
+
+    def start(self, group: TaskGroup) -> None:
+        """Run the stages."""
+        threads = anyio.CapacityLimiter(self._limits.sealers + self._limits.uploads)
+        group.start_soon(self._seal, threads)
+        for _ in range(self._limits.uploads):
+            group.start_soon(self._upload, threads)
+
+    def close(self) -> None:
+        """Give the pack buffers back."""
+        self._packer.close()
+
+    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
+        with self._outbox as outbox:
+            async with anyio.create_task_group() as sealers:
+                for _ in range(self._limits.sealers):
+                    sealers.start_soon(partial(seal_stage, self.blocks, outbox, packer=self._packer, threads=threads))
+            await self._packer.finish()
+
+    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
+        await upload_stage(
+            self._packs,
+            connector=self._connector,
+            packer=self._packer,
+            index=self._index,
+            threads=threads,
+            progress=self._progress,
+            kept=self._kept,
+        )
+
+
 class Pipeline:
     """One run of the stages over one scanner. After `run`: `root`, the catalog's (ref, depth)."""
 
@@ -94,9 +165,9 @@ class Pipeline:
         counts: Counts,
         fault: Callable[[bytes, str], None],
     ) -> None:
-        self._connector, self._known, self._index, self._kept = connector, known, index, kept
+        self._known, self._index = known, index
         self._config, self._secrets = config, secrets
-        self._limits, self._progress, self._fault = limits, progress, fault
+        self._progress, self._fault = progress, fault
         self.meta = MetaChunks(secrets.id_key)
         self._writer = CatalogWriter(self.meta, counts, progress)
         self._pool = ChunkPool(
@@ -109,27 +180,22 @@ class Pipeline:
         self._scanned = Channel[ScanPage]("scanned", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._complete = Channel[ScanPage]("complete", max_items=limits.pages, max_bytes=8 * MIB, size=_page_bytes)
         self._runs = Channel[Run]("runs", max_items=limits.runs, max_bytes=4 * MIB, size=lambda run: run.size_bytes)
-        self._blocks = Channel[RawBlock](
-            "blocks", max_items=limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
-        )
-        self._packs = Channel[PackBuilder](
-            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
+        self._storing = Storing(
+            connector=connector,
+            sealer=sealer,
+            pack_bytes=config.pack_bytes,
+            attempt=attempt,
+            index=index,
+            level=level,
+            limits=limits,
+            kept=kept,
+            progress=progress,
         )
         # Every sending end exists before any stage runs, so that no channel ends before its senders have begun.
         self._chunk_runs, self._catalog_runs = self._runs.sender(), self._runs.sender()
-        self._chunk_pages, self._dedup_blocks = self._complete.sender(), self._blocks.sender()
-        self._seal_packs = self._packs.sender()
-        self._packer = Packer(
-            sealer,
-            attempt,
-            level=level,
-            pack_bytes=config.pack_bytes,
-            buffers=limits.pack_buffers,
-            outbox=self._seal_packs,
-        )
-        progress.channels = [
-            channel.statistics for channel in (self._scanned, self._complete, self._runs, self._blocks, self._packs)
-        ]
+        self._chunk_pages, self._dedup_blocks = self._complete.sender(), self._storing.blocks.sender()
+        scanning = (self._scanned, self._complete, self._runs)
+        progress.channels = [*(channel.statistics for channel in scanning), *self._storing.statistics]
         self.root: tuple[bytes, int] = (b"", 0)
         #: How the scan's thread reads the parent's catalog, if there is a parent.
         self.bridge: LoadBridge | None = None
@@ -141,8 +207,6 @@ class Pipeline:
 
         :raises CoffretError, ConnectorError: as the stages do, possibly in an ExceptionGroup
         """
-        limits = self._limits
-        threads = anyio.CapacityLimiter(limits.sealers + limits.uploads)
         try:
             async with self._pool as pool, anyio.create_task_group() as group:
                 if isinstance(source, StreamSource):
@@ -152,11 +216,9 @@ class Pipeline:
                     group.start_soon(self._chunk, pool)
                 group.start_soon(self._catalog)
                 group.start_soon(self._dedup)
-                group.start_soon(self._seal, threads)
-                for _ in range(limits.uploads):
-                    group.start_soon(self._upload, threads)
+                self._storing.start(group)
         finally:
-            self._packer.close()
+            self._storing.close()
 
     async def _scan(self, scanner: Scanner) -> None:
         async with anyio.create_task_group() as group:
@@ -199,24 +261,6 @@ class Pipeline:
 
     async def _dedup(self) -> None:
         await dedup_stage(self._runs, self._dedup_blocks, known=self._known, index=self._index, progress=self._progress)
-
-    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
-        with self._seal_packs as outbox:
-            async with anyio.create_task_group() as sealers:
-                for _ in range(self._limits.sealers):
-                    sealers.start_soon(partial(seal_stage, self._blocks, outbox, packer=self._packer, threads=threads))
-            await self._packer.finish()
-
-    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
-        await upload_stage(
-            self._packs,
-            connector=self._connector,
-            packer=self._packer,
-            index=self._index,
-            threads=threads,
-            progress=self._progress,
-            kept=self._kept,
-        )
 
 
 def _page_bytes(page: ScanPage) -> int:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -27,14 +26,12 @@ from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.fetch import LOST, MAX_RANGE_BYTES, Range, coalesce, unreadable
 from coffret.engine.flow import Channel
 from coffret.engine.messages import RawBlock, Run
-from coffret.engine.packer import Packer
-from coffret.engine.packfile import PackBuilder, pack_name
+from coffret.engine.packfile import pack_name
+from coffret.engine.pipeline import Storing
 from coffret.engine.records import REF_BYTES, iter_refs, pack_ref
-from coffret.engine.seal import seal_stage
 from coffret.engine.sealing import RAW, TAG_BYTES, ZSTD
 from coffret.engine.settings import BLOCK_BYTES, MIB
 from coffret.engine.sync_slabs import Slabs
-from coffret.engine.upload import upload_stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -134,7 +131,7 @@ class Mover:
     ) -> None:
         self._source, self._target, self._known, self._index = source, target, known, index
         self._repack, self._progress = repack, progress
-        self._limits = limits = limits.suited(target.connector.capabilities)
+        limits = limits.suited(target.connector.capabilities)
         self._fetcher = source.fetcher()
         self._from, self._to = source.secrets.id_key, target.secrets.id_key
         gets = source.connector.capabilities.parallel_gets
@@ -144,23 +141,20 @@ class Mover:
         self._readers = count
         self._largest = max(BLOCK_BYTES, source.config.chunker.max_bytes)
         self._runs = Channel[Run]("runs", max_items=64, max_bytes=4 * MIB, size=lambda run: run.size_bytes)
-        self._blocks = Channel[RawBlock](
-            "blocks", max_items=2 * limits.blocks, max_bytes=16 * MIB, size=lambda block: block.raw_bytes
-        )
-        self._packs = Channel[PackBuilder](
-            "packs", max_items=limits.uploads, max_bytes=1 << 40, size=lambda pack: pack.used
-        )
-        self._run_outbox, self._block_outbox = self._runs.sender(), self._blocks.sender()
-        self._dedup_outbox, self._pack_outbox = self._blocks.sender(), self._packs.sender()
-        self._packer = Packer(
-            target.sealer,
-            attempt,
-            level=level,
+        self._storing = Storing(
+            connector=target.connector,
+            sealer=target.sealer,
             pack_bytes=target.config.pack_bytes,
-            buffers=limits.pack_buffers,
-            outbox=self._pack_outbox,
+            attempt=attempt,
+            index=index,
+            level=level,
+            limits=replace(limits, blocks=2 * limits.blocks),  # two send: those who open, and dedup
+            kept=target.kept,
+            progress=progress,
         )
-        progress.channels = [channel.statistics for channel in (self._runs, self._blocks, self._packs)]
+        self._run_outbox, self._block_outbox = self._runs.sender(), self._storing.blocks.sender()
+        self._dedup_outbox = self._storing.blocks.sender()
+        progress.channels = [self._runs.statistics, *self._storing.statistics]
         # Packs of the source that were found to be bad, and whether it was listed anew for that.
         self._bad: set[bytes] = set()
         self._relisted = False
@@ -169,18 +163,15 @@ class Mover:
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         """Run the stages beside the body; when it is left, all that was given is stored, and handed to the index."""
-        threads = anyio.CapacityLimiter(self._limits.sealers + self._limits.uploads)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._dedup)
-                group.start_soon(self._seal, threads)
-                for _ in range(self._limits.uploads):
-                    group.start_soon(self._upload, threads)
+                self._storing.start(group)
                 yield
                 self._run_outbox.close()
                 self._block_outbox.close()
         finally:
-            self._packer.close()
+            self._storing.close()
             self._slabs.close()
 
     async def store(self, runs: Sequence[Run]) -> None:
@@ -385,28 +376,10 @@ class Mover:
                 refs.append(opened.refs[number * REF_BYTES : (number + 1) * REF_BYTES])
         return b"".join(parts), b"".join(refs)
 
-    # The stages of the target.
+    # The target's dedup.
 
     async def _dedup(self) -> None:
         await dedup_stage(self._runs, self._dedup_outbox, known=self._known, index=self._index, progress=self._progress)
-
-    async def _seal(self, threads: anyio.CapacityLimiter) -> None:
-        with self._pack_outbox as outbox:
-            async with anyio.create_task_group() as sealers:
-                for _ in range(self._limits.sealers):
-                    sealers.start_soon(partial(seal_stage, self._blocks, outbox, packer=self._packer, threads=threads))
-            await self._packer.finish()
-
-    async def _upload(self, threads: anyio.CapacityLimiter) -> None:
-        await upload_stage(
-            self._packs,
-            connector=self._target.connector,
-            packer=self._packer,
-            index=self._index,
-            threads=threads,
-            progress=self._progress,
-            kept=self._target.kept,
-        )
 
 
 def key_of(location: Location) -> _Key:
