@@ -170,6 +170,20 @@ def _possible_block(block: Block) -> bool:
     return len(block.refs) % REF_BYTES == 0 and refs_length(block.refs) <= block.raw_bytes
 
 
+def covered(table: PackTable) -> int:
+    """Up to which offset a table names all chunks of its pack: blocks follow one another, and nothing is unnamed.
+
+    A table of what was adopted may name the first chunks of a block only.
+    """
+    at = sealing.HEADER_BYTES
+    for block in table.blocks:
+        whole = refs_length(block.refs) == block.raw_bytes
+        if block.offset != at or not whole or any(chunk_id == UNNAMED for chunk_id, _ in iter_refs(block.refs)):
+            break
+        at += block.stored_bytes
+    return at
+
+
 def adopted_tables(adopted: Mapping[bytes, Location]) -> list[PackTable]:
     """Pack tables that name relied-on chunks, and nothing else of their blocks."""
     packs: dict[bytes, dict[int, list[tuple[bytes, Location]]]] = {}

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coffret.engine.records import REF_BYTES, UNNAMED, PackTable, iter_refs, refs_length
-from coffret.engine.sealing import HEADER_BYTES
+from coffret.engine.index import covered
+from coffret.engine.records import REF_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
+    from coffret.engine.records import PackTable
+
 # Chunks of tables that are held back until it is clear whether another says the same and more.
 _HELD_CHUNKS = 100_000
-
-
-def covered(table: PackTable) -> int:
-    """Up to which offset a table names all chunks of its pack: blocks follow one another, and nothing is unnamed.
-
-    A table of what was adopted may name the first chunks of a block only.
-    """
-    at = HEADER_BYTES
-    for block in table.blocks:
-        whole = refs_length(block.refs) == block.raw_bytes
-        if block.offset != at or not whole or any(chunk_id == UNNAMED for chunk_id, _ in iter_refs(block.refs)):
-            break
-        at += block.stored_bytes
-    return at
 
 
 class TableMerge:

@@ -17,11 +17,11 @@ from coffret.connectors.errors import NotFound
 from coffret.engine.attempt import Attempt, list_index
 from coffret.engine.errors import Damaged
 from coffret.engine.footers import read_footer
-from coffret.engine.index import IndexWriter, open_index
+from coffret.engine.index import IndexWriter, covered, open_index
 from coffret.engine.known import KnownChunks
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, list_objects, read_listed
-from coffret.engine.records import ATTEMPT_BYTES, REF_BYTES, UNNAMED, PackTable, iter_refs
+from coffret.engine.records import ATTEMPT_BYTES, REF_BYTES, PackTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,9 +72,9 @@ class IndexRepair:
             repository.connector, repository.sealer, repository.mirror, what="repair", kept=repository.kept
         )
         self.summary = IndexRepairSummary()
-        # Packs with all their blocks named; of others the most blocks that an index object names whole.
+        # Packs with all their blocks named; of others up to which offset an index object names all that they hold.
         self._named: set[bytes] = set()
-        self._blocks: dict[bytes, int] = {}
+        self._covered: dict[bytes, int] = {}
         # Index objects of attempts that have ended.
         self._unreadable: list[str] = []
         self._index: IndexWriter
@@ -94,7 +94,7 @@ class IndexRepair:
         await self._read_index()
         if self._options.all:
             self._named.clear()
-            self._blocks.clear()
+            self._covered.clear()
         await self._packs(swept)
 
     async def commit(self) -> None:
@@ -134,8 +134,8 @@ class IndexRepair:
             for table in index.packs:
                 if table.header[_ATTEMPT].hex() == attempt:
                     self._named.add(table.pack)  # a writer names all of its own packs
-                elif (blocks := _whole_blocks(table)) is not None:
-                    self._blocks[table.pack] = max(blocks, self._blocks.get(table.pack, 0))
+                else:
+                    self._covered[table.pack] = max(covered(table), self._covered.get(table.pack, 0))
 
     async def _packs(self, swept: frozenset[bytes]) -> None:
         self._progress.phase = "packs"
@@ -175,7 +175,7 @@ class IndexRepair:
         except Damaged as error:
             self._damaged(info.name, str(error).removeprefix(f"{info.name}: "))
             return
-        if self._blocks.get(pack) == len(blocks):
+        if blocks and self._covered.get(pack) == blocks[-1].offset + blocks[-1].stored_bytes:
             return
         table = PackTable(pack, header, info.size_bytes, blocks)
         self.summary.indexed += 1
@@ -186,17 +186,3 @@ class IndexRepair:
     def _damaged(self, name: str, reason: str) -> None:
         self.summary.damaged_packs.append(name)
         self._progress.fault(name.encode(), reason)
-
-
-def _whole_blocks(table: PackTable) -> int | None:
-    """How many blocks a table has, if it may be all of a pack: from the first on, without a gap, all chunks named."""
-    at = None
-    for block in table.blocks:
-        if at is not None and block.offset != at:
-            return None
-        if any(chunk_id == UNNAMED for chunk_id, _ in iter_refs(block.refs)):
-            return None
-        if sum(length for _, length in iter_refs(block.refs)) != block.raw_bytes:
-            return None
-        at = block.offset + block.stored_bytes
-    return len(table.blocks)

@@ -6,9 +6,10 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
 
 from coffret.connectors.base import ObjectInfo
+from coffret.engine.index import covered
 from coffret.engine.maintenance_choice import MAX_UNUSED, PackUse, choose
 from coffret.engine.maintenance_dead import DEAD_AFTER_S, find_dead
-from coffret.engine.maintenance_index import TableMerge, covered
+from coffret.engine.maintenance_index import TableMerge
 from coffret.engine.records import UNNAMED, Block, PackTable, iter_refs, pack_ref
 
 PACK_BYTES = 32 << 20
