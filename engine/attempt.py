@@ -20,11 +20,11 @@ from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
 from coffret.engine.index import open_index
+from coffret.engine.maintenance_marks import read_mark
 from coffret.engine.mirror import MirrorBusy
 from coffret.engine.objects import (
     INDEX,
     MAX_INDEX_BYTES,
-    MAX_MARK_BYTES,
     REMOVED,
     SNAPSHOTS,
     TRASH,
@@ -34,7 +34,7 @@ from coffret.engine.objects import (
     read_listed,
 )
 from coffret.engine.packfile import pack_name
-from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, UNDECODABLE, End, decode_mark, encode
+from coffret.engine.records import ATTEMPT_BYTES, End, encode
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_end, seal_snapshot, snapshot_name
 
@@ -215,12 +215,7 @@ async def open_marks(connector: Connector, sealer: Sealer, infos: Iterable[Objec
     packs: set[bytes] = set()
     for name, info in listed.items():
         if name.rpartition("/")[2].isdigit() and f"{name}-done" not in listed:
-            _, payload = sealer.open(sealing.MARK, name, await read_listed(connector, info, MAX_MARK_BYTES))
-            try:
-                ids = decode_mark(payload).packs
-            except UNDECODABLE as error:
-                raise Damaged(f"{name}: {error}") from None
-            packs.update(ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES))
+            packs |= await read_mark(connector, sealer, info)
     return frozenset(packs)
 
 

@@ -9,7 +9,7 @@ from anyio import to_thread
 from coffret.engine.maintenance_choice import PackUse, choose
 from coffret.engine.maintenance_dead import bury, find_dead
 from coffret.engine.mirror import attempt_of
-from coffret.engine.objects import list_objects
+from coffret.engine.objects import list_leases, list_objects
 from coffret.engine.records import ATTEMPT_BYTES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ async def clear_the_dead(repository: Repository, scene: Scene, now_s: float, gra
     for pack, attempt in (await scene.owners(named)).items():
         left[attempt] = max(scene.pack_infos[pack].mtime_s, left.get(attempt, 0.0))
     # After all that: an attempt whose objects were seen, and that has no lease now, commits no more.
-    leases = {info.name.partition("/")[2]: info for info in await list_objects(connector, "leases/")}
+    leases = await list_leases(connector)
     # Whose snapshot was removed has ended, also in the moment in which some servers replace it by a small end.
     removed = {info.name.rpartition("-")[2] for info in await list_objects(connector, "removed/")}
     ended = scene.ended | removed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from coffret.connectors.errors import AlreadyExists
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged
-from coffret.engine.objects import MAX_MARK_BYTES, list_objects, put_once, read_listed
+from coffret.engine.objects import MAX_MARK_BYTES, list_leases, list_objects, put_once, read_listed
 from coffret.engine.records import (
     ATTEMPT_BYTES,
     ID_BYTES,
@@ -86,10 +86,7 @@ async def record_seen(connector: Connector, sealer: Sealer, attempt: bytes, numb
     :raises Damaged: if what was recorded before is not what was stored
     """
     name = f"trash/{number}-seen"
-    leases: set[str] = set()
-    for _ in range(2):  # some servers replace a lease by removing the old one first: it may be missing for a moment
-        leases |= {info.name.partition("/")[2] for info in await list_objects(connector, "leases/")}
-    at_work = [bytes.fromhex(lease) for lease in sorted(leases) if _ATTEMPT.fullmatch(lease)]
+    at_work = [bytes.fromhex(lease) for lease in sorted(await list_leases(connector)) if _ATTEMPT.fullmatch(lease)]
     if await _put(connector, sealer, attempt, name, Seen(b"".join(at_work))):
         return frozenset(each.hex() for each in at_work)
     data = await read_listed(connector, await connector.stat(name), MAX_MARK_BYTES)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector, ObjectInfo
 
 # Folders of objects that are listed.
-SNAPSHOTS, REMOVED, INDEX, TRASH = "snapshots/", "removed/", "index/", "trash/"
+SNAPSHOTS, REMOVED, INDEX, TRASH, LEASES = "snapshots/", "removed/", "index/", "trash/", "leases/"
 # The largest object of each kind, as stored (bytes); see docs/format.md, "Limits". Nothing near is ever written: an
 # index object has some 36 bytes for each of 100,000 chunks, a snapshot at most 10,000 faults.
 MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20, 256 << 20
@@ -75,3 +75,11 @@ async def _holds(connector: Connector, name: str, body: bytes | memoryview) -> b
 async def list_objects(connector: Connector, prefix: str) -> list[ObjectInfo]:
     """The objects there are of a kind, given by its folder."""
     return [info async for info in connector.list(prefix)]
+
+
+async def list_leases(connector: Connector) -> dict[str, ObjectInfo]:
+    """The leases there are, by attempt (hexadecimal); none that is held all the while is left out."""
+    leases: dict[str, ObjectInfo] = {}
+    for _ in range(2):  # some servers replace a lease by removing the old one first: it may be missing for a moment
+        leases |= {info.name.partition("/")[2]: info for info in await list_objects(connector, LEASES)}
+    return leases

@@ -29,7 +29,7 @@ from coffret.engine.maintenance_mark import choose_packs, clear_the_dead
 from coffret.engine.maintenance_marks import list_marks, put_mark, read_mark, record_seen
 from coffret.engine.maintenance_sweep import Merge, Sweep
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
-from coffret.engine.objects import list_objects
+from coffret.engine.objects import list_leases, list_objects
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import ATTEMPT_BYTES, encode
 from coffret.engine.snapshot import snapshot_name
@@ -37,7 +37,6 @@ from coffret.engine.snapshot import snapshot_name
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from coffret.connectors.base import ObjectInfo
     from coffret.engine.maintenance_marks import Marks
     from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
@@ -270,10 +269,7 @@ class _Maintenance:
             ended = {info.name.partition("/")[2]: info.mtime_s for info in listed}
             if not (waiting := seen - ended.keys()):
                 return ended
-            leases: dict[str, ObjectInfo] = {}
-            for _ in range(2):  # one may be missing while it is replaced
-                found = await list_objects(self._connector, "leases/")
-                leases |= {info.name.partition("/")[2]: info for info in found}
+            leases = await list_leases(self._connector)
             for each in sorted(waiting):
                 lease = leases.get(each)
                 if lease is not None and now_s - lease.mtime_s <= DEAD_AFTER_S:
