@@ -5,13 +5,10 @@ aiohttp's classes are known by name (`s3errors.KINDS`: the S3 client is built on
 
 from __future__ import annotations
 
-import socket
-import ssl
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from coffret.connectors import neterrors
 from coffret.connectors.errors import (
-    ConnectionLost,
     ConnectorError,
     InvalidLocation,
     NotStorage,
@@ -20,12 +17,12 @@ from coffret.connectors.errors import (
 )
 from coffret.connectors.httpplace import FORM
 from coffret.connectors.httpwire import REQUEST, RIGHT, TOKEN, TOKEN_VARIABLE, TRIES, WORDS
-from coffret.connectors.s3errors import chain_of, kind_of, reason_of
+from coffret.connectors.neterrors import chain_of, reason_of, unreached
+from coffret.connectors.s3errors import kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
-_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
 # What proxies on the way say by themselves.
 _PROXIES = {
     413: (ConnectorError, "a proxy on the way takes no body as large: raise its limit (nginx: client_max_body_size)"),
@@ -34,21 +31,12 @@ _PROXIES = {
 }
 
 
-@contextmanager
-def mapped(where: str, *, reached: bool = True) -> Iterator[None]:
+def mapped(where: str, *, reached: bool = True) -> AbstractContextManager[None]:
     """Turn any error of a request into the ConnectorError that fits, naming what was asked for and the reason.
 
     `reached`: the host answered before, so that its name is right even if nobody knows it for a while.
     """
-    try:
-        yield
-    except ConnectorError:
-        raise
-    except Exception as error:
-        found = _translated(error, where, reached)
-        if found is None:
-            raise
-        raise found from error
+    return neterrors.mapped(lambda error: _translated(error, where, reached))
 
 
 def refused(where: str, status: int, word: str, message: str, token_source: str) -> ConnectorError:
@@ -87,13 +75,8 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
     for cause in chain:
         if isinstance(cause, ConnectorError):  # raised by our resolver, below the library
             return cause
-        if isinstance(cause, ssl.SSLError) and type(cause).__module__ == "ssl":  # aiohttp's classes derive from it
-            return _untrusted(cause, where)
-        if isinstance(cause, socket.gaierror):
-            # A network that is down for a moment says EAI_AGAIN, and a host that was there is still there.
-            again = reached or cause.errno == socket.EAI_AGAIN
-            kind: type[ConnectorError] = ConnectionLost if again else InvalidLocation
-            return kind(f"{where}: the host does not resolve ({cause.strerror}); the form is {FORM}")
+    if unreachable := unreached(chain, where, reached=reached, form=FORM, clear="http://"):
+        return unreachable
     found = kind_of(type(error))
     if found is None:
         return None
@@ -104,14 +87,3 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def _untrusted(cause: ssl.SSLError, where: str) -> ConnectorError:
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return PermissionRefused(
-            f"{where}: the server's certificate is not trusted ({cause.verify_message}); if it is yours, name the PEM "
-            "file of the authority that signed it: -o ca=/path/ca.pem"
-        )
-    if getattr(cause, "reason", None) in _NO_TLS:
-        return InvalidLocation(f"{where}: the server does not speak TLS here; http:// goes without")
-    return ConnectionLost(f"{where}: {cause}")

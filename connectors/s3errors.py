@@ -1,16 +1,13 @@
 """What an S3 server and its client libraries raise, put into the connectors' tree.
 
-Classes of botocore, aiohttp and ssl are known by name, so that nothing of them is imported before S3 is used.
+Classes of botocore and aiohttp are known by name, so that nothing of them is imported before S3 is used.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import ssl
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from coffret.connectors import neterrors
 from coffret.connectors.errors import (
     AlreadyExists,
     ConnectionLost,
@@ -23,9 +20,10 @@ from coffret.connectors.errors import (
     StorageFull,
     TransientError,
 )
+from coffret.connectors.neterrors import chain_of, reason_of, unreached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 
 class NoBucket(NotFound):
@@ -139,21 +137,12 @@ def kind_of(error_class: type[BaseException]) -> type[ConnectorError] | None:
     return next((KINDS[base.__name__] for base in error_class.__mro__ if base.__name__ in KINDS), None)
 
 
-@contextmanager
-def mapped(where: str, *, reached: bool = True) -> Iterator[None]:
+def mapped(where: str, *, reached: bool = True) -> AbstractContextManager[None]:
     """Turn any error of a request into the ConnectorError that fits, naming what was asked for and the reason.
 
     `reached`: the host answered before, so that its name is right even if nobody knows it for a while.
     """
-    try:
-        yield
-    except ConnectorError:
-        raise
-    except Exception as error:
-        found = _translated(error, where, reached)
-        if found is None:
-            raise
-        raise found from error
+    return neterrors.mapped(lambda error: _translated(error, where, reached))
 
 
 def _translated(error: Exception, where: str, reached: bool) -> ConnectorError | None:
@@ -161,15 +150,8 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
     if isinstance(response, dict) and "Error" in response:
         return _answered(response, where)
     chain = list(chain_of(error))
-    for cause in chain:
-        if isinstance(cause, ssl.SSLError) and type(cause).__module__ == "ssl":  # aiohttp's classes derive from it
-            return _untrusted(cause, where)
-        if isinstance(cause, socket.gaierror):
-            # A network that is down for a moment says EAI_AGAIN, and a host that was there is still there.
-            again = reached or cause.errno == socket.EAI_AGAIN
-            return (ConnectionLost if again else InvalidLocation)(
-                f"{where}: the host does not resolve ({cause.strerror}); the form is {FORM}"
-            )
+    if unreachable := unreached(chain, where, reached=reached, form=FORM, clear="s3+http://"):
+        return unreachable
     found = kind_of(type(error))
     if found is ConnectorError:
         # The library wraps what it does not know itself: the cause says more.
@@ -184,35 +166,3 @@ def _answered(response: dict[str, Any], where: str) -> ConnectorError:
     kind, text = _CODES.get(code, (_STATUSES.get(status, ConnectorError), ""))
     details = f"{code}: {message}" if message and message != code else code
     return kind(f"{where}: {text} ({details})" if text else f"{where}: {details}")
-
-
-def _untrusted(cause: ssl.SSLError, where: str) -> ConnectorError:
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return PermissionRefused(
-            f"{where}: the server's certificate is not trusted ({cause.verify_message}); if it is yours, name the PEM "
-            "file of the authority that signed it: -o ca=/path/ca.pem"
-        )
-    if cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"):
-        return InvalidLocation(f"{where}: the server does not speak TLS here; s3+http:// goes without")
-    return ConnectionLost(f"{where}: {cause}")
-
-
-def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it, as Python and as botocore keep it."""
-    todo, seen = [error], set()
-    while todo:
-        cause = todo.pop()
-        if id(cause) not in seen:
-            seen.add(id(cause))
-            yield cause
-            kept = getattr(cause, "kwargs", None)
-            inner = kept.get("error") if isinstance(kept, dict) else None
-            todo += [each for each in (cause.__context__, cause.__cause__, inner) if isinstance(each, BaseException)]
-
-
-def reason_of(chain: list[BaseException]) -> str:
-    """What the operating system says, if it comes from there, else the library."""
-    for cause in chain:
-        if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
-            return os.strerror(cause.errno)
-    return str(chain[0]) or type(chain[0]).__name__
