@@ -6,16 +6,16 @@ What this storage does best, and what it can't promise, the server says; so it i
 from __future__ import annotations
 
 import json
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from coffret.connectors import httperrors
-from coffret.connectors.base import NAME, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
+from coffret.connectors.base import NAME, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import ConnectionLost, InvalidRange, TransientError
+from coffret.connectors.httpbody import Body, Watch
 from coffret.connectors.httpclient import STALL_S, Client, drop
 from coffret.connectors.httpplace import parse_location
 from coffret.connectors.httpwire import CREATE, MTIME_HEADER, OBJECTS
-from coffret.connectors.s3body import Body, Watch
+from coffret.connectors.pieces import PieceReader, range_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ def open_url(url: str, options: Mapping[str, str]) -> HTTPConnector:
     return HTTPConnector(parse_location(url, options))
 
 
-class HTTPConnector(Connector):
+class HTTPConnector(PieceReader):
     """A repository behind a server."""
 
     def __init__(self, place: Place, *, stall_s: float = STALL_S) -> None:
@@ -89,21 +89,6 @@ class HTTPConnector(Connector):
             sent.release()
             for view in views:
                 view.release()  # whatever still refers to it: the buffer is its owner's
-
-    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        data = BytesIO()  # whose `getvalue` is no copy
-        await self._fetch(name, offset, length, data.write)
-        return data.getvalue()
-
-    async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        at = 0
-
-        def write(piece: bytes) -> None:
-            nonlocal at
-            buffer[at : at + len(piece)] = piece
-            at += len(piece)
-
-        await self._fetch(name, offset, len(buffer), write)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         where = f"{self.location}/{valid_prefix(prefix)}"
@@ -165,7 +150,6 @@ class HTTPConnector(Connector):
             raise TransientError(f"{where}: the listing holds a line that is none") from None
 
     async def _fetch(self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any]) -> None:
-        """Hand the bytes of a range to `write`, piece by piece."""
         where, path = self._where(name)
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRange(f"{where}: {length} bytes from {offset}")
@@ -174,7 +158,7 @@ class HTTPConnector(Connector):
             return
         headers = {}
         if offset or length is not None:
-            headers["Range"] = f"bytes={offset}-{'' if length is None else offset + length - 1}"
+            headers["Range"] = range_of(offset, length)
         pace = self._client.pace.download if self._client.pace and self._client.pace.download.limited else None
 
         async def read(answer: ClientResponse, watch: Watch) -> None:

@@ -17,17 +17,17 @@ from anyio import to_thread
 from coffret.connectors import httperrors, httpplace
 from coffret.connectors.base import Capabilities
 from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, NotStorage
+from coffret.connectors.httpbody import Watch
 from coffret.connectors.httpwire import ERROR_HEADER, PROTOCOL, ROOT
-from coffret.connectors.s3body import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from aiohttp import ClientResponse, ClientSession
 
+    from coffret.connectors.httpbody import Body
     from coffret.connectors.httpplace import Place
     from coffret.connectors.limit import Pace
-    from coffret.connectors.s3body import Body
 
     Read = Callable[[ClientResponse, Watch], Awaitable[Any]]
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from coffret.connectors.base import NAME, Capabilities, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
+from coffret.connectors.base import NAME, Capabilities, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import (
     AlreadyExists,
     ConnectionLost,
@@ -26,6 +26,7 @@ from coffret.connectors.errors import (
     TransientError,
 )
 from coffret.connectors.local import FOLDERS
+from coffret.connectors.pieces import PieceReader, range_of
 from coffret.connectors.s3client import STALL_S, Client
 from coffret.connectors.s3errors import NoBucket
 from coffret.connectors.s3parts import PART_BYTES, PartsUpload
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from coffret.connectors.base import Buffer
+    from coffret.connectors.httpbody import Watch
     from coffret.connectors.limit import Pace
-    from coffret.connectors.s3body import Watch
     from coffret.connectors.s3client import Answer
     from coffret.connectors.s3place import Place
 
@@ -60,7 +61,7 @@ def open_url(url: str, options: Mapping[str, str]) -> S3Connector:
     return S3Connector(parse_location(url, options))
 
 
-class S3Connector(Connector):
+class S3Connector(PieceReader):
     """A repository in a bucket, which `create` makes if need be."""
 
     # A fourth put at a time was no faster (10.8 to 11.7 s for 1.9 GB) and takes another 32 MiB.
@@ -122,25 +123,10 @@ class S3Connector(Connector):
             for view in views:
                 view.release()  # whatever still refers to it: the buffer is its owner's
 
-    async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        data = BytesIO()  # whose `getvalue` is no copy
-        await self._fetch(name, offset, length, data.write)
-        return data.getvalue()
-
     async def peek(self, name: str, limit_bytes: int) -> bytes:
         data = BytesIO()
         await self._fetch(name, 0, limit_bytes, data.write, at_most=True)
         return data.getvalue()
-
-    async def get_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        at = 0
-
-        def write(piece: bytes) -> None:
-            nonlocal at
-            buffer[at : at + len(piece)] = piece
-            at += len(piece)
-
-        await self._fetch(name, offset, len(buffer), write)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         start = self.place.prefix + valid_prefix(prefix)
@@ -255,7 +241,7 @@ class S3Connector(Connector):
     async def _fetch(
         self, name: str, offset: int, length: int | None, write: Callable[[bytes], Any], *, at_most: bool = False
     ) -> None:
-        """Hand the bytes of a range to `write`, piece by piece; with `at_most` the object may end within it."""
+        """As for any; with `at_most` the object may end within the range."""
         where, key = self._where(name)
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRange(f"{where}: {length} bytes from {offset}")
@@ -264,7 +250,7 @@ class S3Connector(Connector):
             return
         wanted: Answer = {}
         if offset or length is not None:
-            wanted = {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
+            wanted = {"Range": range_of(offset, length)}
 
         pace = self._client.pace.download if self._client.pace and self._client.pace.download.limited else None
         most_bytes = _READ_BYTES if pace is None else _PACED_READ_BYTES

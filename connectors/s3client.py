@@ -15,7 +15,7 @@ import anyio
 
 from coffret.connectors import s3errors
 from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, PermissionRefused
-from coffret.connectors.s3body import Body, Watch, crc32_base64, sha256_hex
+from coffret.connectors.httpbody import Body, Watch, crc32_base64, sha256_hex
 from coffret.connectors.threads import Threads
 
 if TYPE_CHECKING:

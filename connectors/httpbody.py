@@ -1,4 +1,4 @@
-"""Bodies of S3 requests: sent piece by piece from the caller's buffers, under a deadline that moves along."""
+"""Bodies of requests: sent piece by piece from the caller's buffers, under a deadline that moves along."""
 
 from __future__ import annotations
 
