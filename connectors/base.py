@@ -89,6 +89,20 @@ def checked_range(name: str, size_bytes: int, offset: int, length: int | None) -
     return wanted
 
 
+class Arriving(ABC):
+    """A body that is still coming in: `view` is filled from its beginning, by somebody else."""
+
+    view: memoryview
+
+    @abstractmethod
+    async def reach(self, size_bytes: int) -> None:
+        """Wait until the first `size_bytes` are there. Who fills it cancels whoever waits when no more will come."""
+
+    async def accept(self) -> None:
+        """Wait until all of it is there, and may get its name; whatever this raises, the body must not be stored."""
+        await self.reach(len(self.view))
+
+
 # Of each prefix that was listed what there is.
 Listings = dict[str, list[ObjectInfo]]
 
@@ -143,6 +157,15 @@ class Connector(ABC):
         :raises AlreadyExists: if `if_absent` and the name is taken
         :raises StorageFull: if there is no room; nothing of it is left behind
         """
+
+    async def put_arriving(self, name: str, body: Arriving, *, if_absent: bool = False) -> None:
+        """`put` of a body that is still coming in: what is there of it may be written meanwhile, under no name.
+
+        :raises AlreadyExists: if `if_absent` and the name is taken
+        :raises StorageFull: if there is no room; nothing of it is left behind
+        """
+        await body.accept()
+        await self.put(name, [body.view], if_absent=if_absent)
 
     @abstractmethod
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:

@@ -11,14 +11,15 @@ O_DIRECT and 1.8 to 8.3 through the cache, which besides loses what others had i
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import threading
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from anyio import CancelScope
 
 from coffret.connectors import localfiles
 from coffret.connectors.base import NAME, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
@@ -31,15 +32,18 @@ from coffret.connectors.errors import (
     TransientError,
 )
 from coffret.connectors.threads import Threads
+from coffret.connectors.unnamed import Unnamed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from coffret.connectors.base import Buffer
+    from coffret.connectors.base import Arriving, Buffer
 
 FOLDERS = ("keys", "packs", "index", "snapshots", "leases", "trash", "removed", "tmp")
 _LIST_BATCH = 1000
+# Of a body that is still coming in so much is written at a time: whole blocks.
+_STEP_BYTES = 4 << 20
 _THREADS = 8
 
 
@@ -82,6 +86,20 @@ class LocalConnector(Connector):
 
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
         await self._threads.run(self._put, valid_name(name), body, if_absent)
+
+    async def put_arriving(self, name: str, body: Arriving, *, if_absent: bool = False) -> None:
+        new = Unnamed()
+        try:
+            await self._threads.run(self._begin, valid_name(name), new, if_absent)
+            for begin in range(0, len(body.view), _STEP_BYTES):
+                end = min(begin + _STEP_BYTES, len(body.view))
+                await body.reach(end)
+                await self._threads.run(self._append, name, new, [body.view[begin:end]])
+            await body.accept()
+            await self._threads.run(self._finish, name, new, if_absent)
+        finally:
+            with CancelScope(shield=True):
+                await self._threads.run(new.close)
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         return await self._threads.run(self._get, valid_name(name), offset, length)
@@ -163,48 +181,51 @@ class LocalConnector(Connector):
         return True
 
     def _put(self, name: str, body: Sequence[Buffer], if_absent: bool) -> None:
-        root, folder = self._root(), name.rpartition("/")[0]
+        new = Unnamed()
+        try:
+            self._begin(name, new, if_absent)
+            self._append(name, new, body)
+            self._finish(name, new, if_absent)
+        finally:
+            new.close()
+
+    def _begin(self, name: str, new: Unnamed, if_absent: bool) -> None:
+        """Open a new object, unless the name is taken."""
+        root = self._root()
+        with self._storing(name):
+            if if_absent and localfiles.exists(name, root):
+                self._refuse(name)
+            new.open(root)
+            if not self._swept:
+                self._swept = True
+                localfiles.sweep(root, new.made_s)
+
+    def _append(self, name: str, new: Unnamed, body: Sequence[Buffer]) -> None:
+        with self._storing(name):
+            new.append(body)
+
+    def _finish(self, name: str, new: Unnamed, if_absent: bool) -> None:
+        with self._storing(name):
+            if not new.give_name(name, if_absent):
+                self._refuse(name)
+            new.close()
+            self._settle(name)
+
+    def _refuse(self, name: str) -> NoReturn:
+        self._settle(name)  # whoever is told that it is there may rely on it
+        raise AlreadyExists(f"{self.path}/{name} exists already")
+
+    def _settle(self, name: str) -> None:
+        """Make a name durable."""
+        localfiles.sync_folder(name.rpartition("/")[0], self._root())
+
+    @contextmanager
+    def _storing(self, name: str) -> Iterator[None]:
         with self._mapped(name):
             try:
-                taken = if_absent and localfiles.exists(name, root)
-                taken = taken or not self._write(name, body, root, if_absent)
-                # Also if it is taken: whoever is told so may rely on the object, so it must be durable by now.
-                localfiles.sync_folder(folder, root)
+                yield
             except FileNotFoundError:
                 raise TransientError(f"{self.path}/{name}: its folder vanished while it was written") from None
-        if taken:
-            raise AlreadyExists(f"{self.path}/{name} exists already")
-
-    def _write(self, name: str, body: Sequence[Buffer], root: int, if_absent: bool) -> bool:
-        """Write an object to a file of its own, then name it; False if the name is taken."""
-        temporary = f"tmp/{secrets.token_hex(16)}"
-        fd = self._open_temporary(temporary, root)
-        try:
-            localfiles.write_durably(fd, body)
-            try:
-                localfiles.give_name(temporary, name, root, if_absent)
-            except FileNotFoundError:
-                localfiles.make_folders(name.rpartition("/")[0], root)
-                localfiles.give_name(temporary, name, root, if_absent)
-        except FileExistsError:
-            return False
-        finally:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=root)
-            os.close(fd)
-        return True
-
-    def _open_temporary(self, temporary: str, root: int) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        try:
-            fd = os.open(temporary, flags, 0o600, dir_fd=root)
-        except FileNotFoundError:
-            localfiles.make_folders("tmp", root)
-            fd = os.open(temporary, flags, 0o600, dir_fd=root)
-        if not self._swept:
-            self._swept = True
-            localfiles.sweep(root, os.fstat(fd).st_mtime)
-        return fd
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[int, int]]:
@@ -269,7 +290,7 @@ class LocalConnector(Connector):
         with self._mapped(name), suppress(FileNotFoundError, NotADirectoryError):
             with suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(name, dir_fd=root)
-            localfiles.sync_folder(name.rpartition("/")[0], root)
+            self._settle(name)
 
     def _mapped(self, name: str) -> AbstractContextManager[None]:
         return localfiles.mapped(f"{self.path}/{name}")

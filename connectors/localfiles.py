@@ -61,13 +61,21 @@ def mapped(path: str) -> Iterator[None]:
         raise kind(f"{path}: {error.strerror or error}") from error
 
 
-def write_durably(fd: int, body: Sequence[Buffer]) -> None:
-    """Write the concatenation of `body` to a new file, and wait until it is on the disk."""
+def write(fd: int, body: Sequence[Buffer]) -> int:
+    """Append the concatenation of `body` to a new file; return how many bytes that were. `settle` makes it durable.
+
+    Of what is written in several calls all but the last must be of whole blocks, to go past the page cache.
+    """
     views = [memoryview(part).cast("B") for part in body if len(part)]
     size_bytes = sum(map(len, views))
     if len(views) == 1 and size_bytes >= DIRECT_FROM_BYTES:
         views[0] = views[0][_write_direct(fd, views[0]) :]
     _write_cached(fd, views)
+    return size_bytes
+
+
+def settle(fd: int, size_bytes: int) -> None:
+    """Wait until the content of a new file, so many bytes, is on the disk."""
     os.fdatasync(fd)
     if size_bytes >= DIRECT_FROM_BYTES:
         # Where direct writes are refused, let the cache forget what nobody is about to read.

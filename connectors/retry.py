@@ -21,7 +21,7 @@ from coffret.connectors.wrapper import Wrapper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from coffret.connectors.base import Buffer, Listings, ObjectInfo
+    from coffret.connectors.base import Arriving, Buffer, Listings, ObjectInfo
 
 T = TypeVar("T")
 FIRST_WAIT_S, MAX_WAIT_S = 0.2, 15.0
@@ -58,9 +58,15 @@ class RetryConnector(Wrapper):
         await self._repeat("create", lambda _: self.inner.create())
 
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
+        await self._put(name, body, lambda: self.inner.put(name, body, if_absent=if_absent))
+
+    async def put_arriving(self, name: str, body: Arriving, *, if_absent: bool = False) -> None:
+        await self._put(name, [body.view], lambda: self.inner.put_arriving(name, body, if_absent=if_absent))
+
+    async def _put(self, name: str, body: Sequence[Buffer], put: Callable[[], Awaitable[None]]) -> None:
         async def attempt(number: int) -> None:
             try:
-                await self.inner.put(name, body, if_absent=if_absent)
+                await put()
             except AlreadyExists:
                 if number == 0 or not await self._is_there(name, body):
                     raise

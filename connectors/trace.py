@@ -13,7 +13,7 @@ from coffret.connectors.wrapper import Wrapper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from coffret.connectors.base import Buffer, Connector, Listings, ObjectInfo
+    from coffret.connectors.base import Arriving, Buffer, Connector, Listings, ObjectInfo
 
 # Upper bounds of the classes that latencies are counted in (s): each is a quarter above the one before, from 0.1 ms on.
 _BOUNDS_S = [0.0001 * 1.25**step for step in range(64)]
@@ -68,6 +68,12 @@ class TraceConnector(Wrapper):
         with self._counted("put", name) as moved:
             await self.inner.put(name, body, if_absent=if_absent)
             moved.size_bytes = sum(map(len, body))
+
+    async def put_arriving(self, name: str, body: Arriving, *, if_absent: bool = False) -> None:
+        """As `inner`; the time counted is also that in which the body came in."""
+        with self._counted("put", name) as moved:
+            await self.inner.put_arriving(name, body, if_absent=if_absent)
+            moved.size_bytes = len(body.view)
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         with self._counted("get", name) as moved:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coffret.connectors.base import Connector
+    from coffret.engine.server.arrival import Arrival
     from coffret.engine.server.attempts import Attempts
 
 _PACK_NAME = re.compile(r"packs/([0-9a-f]{2})/(\1[0-9a-f]{62})")
@@ -86,15 +87,17 @@ class AppendOnly:
     def __init__(self, connector: Connector, attempts: Attempts) -> None:
         self._connector, self._attempts = connector, attempts
 
-    async def put(self, wanted: Addition, body: memoryview, owner: str) -> None:
-        """Add an object; nothing is ever replaced, but for a lease of one's own.
+    async def put(self, wanted: Addition, arrival: Arrival, owner: str) -> None:
+        """Add an object that comes in; nothing is ever replaced, but for a lease of one's own.
 
         :raises NoRight: if it is not what its name says, or of somebody else's attempt
         :raises AlreadyExists: if the name is taken, other than by the same pack
         """
         if wanted.folder == "packs":
-            await self._put_pack(wanted.name, body)
+            await self._put_pack(wanted.name, arrival)
             return
+        await arrival.accept()
+        body = arrival.view
         self._check_header(wanted, body)
         if wanted.folder == "leases":
             await self._put_lease(wanted, body, owner)
@@ -113,16 +116,13 @@ class AppendOnly:
         await self._check_owner(Addition(name, "leases", found[2]), owner)
         await self._connector.delete(name)
 
-    async def _put_pack(self, name: str, body: memoryview) -> None:
-        digest: Callable[[], str] = partial(_hash, body)
-        found = digest() if len(body) <= _HASHED_AT_ONCE_BYTES else await to_thread.run_sync(digest)
-        if found != name.rpartition("/")[2]:
-            raise NoRight(f"{name} is not the hash of what was sent: it was changed on the way, or is no pack")
-        if body[:8] != MAGIC or len(body) < HEADER_BYTES or body[9:10] != PACK:
-            raise NoRight(f"{name} does not begin as a pack does")
+    async def _put_pack(self, name: str, arrival: Arrival) -> None:
+        body = arrival.view
+        arrival.check = partial(_check_pack, name, body)
         try:
-            await self._connector.put(name, [body], if_absent=True)
+            await self._connector.put_arriving(name, arrival, if_absent=True)
         except AlreadyExists:
+            await arrival.accept()
             try:
                 there = (await self._connector.stat(name)).size_bytes
             except NotFound:
@@ -174,6 +174,18 @@ class AppendOnly:
         :raises NoRight: if the attempt is not this token's
         """
         _check_same(wanted, await to_thread.run_sync(self._attempts.owner, wanted.attempt), owner)
+
+
+async def _check_pack(name: str, body: memoryview) -> None:
+    """
+    :raises NoRight: if it is no pack, or one of another name
+    """
+    digest: Callable[[], str] = partial(_hash, body)
+    found = digest() if len(body) <= _HASHED_AT_ONCE_BYTES else await to_thread.run_sync(digest)
+    if found != name.rpartition("/")[2]:
+        raise NoRight(f"{name} is not the hash of what was sent: it was changed on the way, or is no pack")
+    if body[:8] != MAGIC or len(body) < HEADER_BYTES or body[9:10] != PACK:
+        raise NoRight(f"{name} does not begin as a pack does")
 
 
 def _hash(body: memoryview) -> str:

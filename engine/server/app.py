@@ -22,6 +22,7 @@ from coffret.connectors.errors import ConnectorError
 from coffret.engine.errors import CoffretError
 from coffret.engine.server.access import AppendOnly, NoRight, addition, max_bytes
 from coffret.engine.server.answers import ClientGone, Refused, done_response, refusal_response, stream_response
+from coffret.engine.server.arrival import Arrival, meanwhile
 from coffret.engine.server.limits import Tries, address_of
 from coffret.engine.server.room import NoRoom, Room
 from coffret.engine.server.tokens import APPEND_ONLY, FULL, READ_ONLY, Token
@@ -274,13 +275,16 @@ class App:
         if size_bytes > min(max_bytes(name), self.room.size_bytes):
             raise Refused(httpwire.TOO_LARGE, f"{name}: {size_bytes} bytes are more than any such object may have")
         async with self.room.buffer(size_bytes, self._limits.room_wait_s) as view:
-            await self._transfer.receive(request, view)
-            exchange.received_bytes = size_bytes
-            async with Patience(self._limits.put_s, httpwire.WORDS["lost"]):
-                if wanted is not None:
-                    await self._append_only.put(wanted, view, token.hash)
-                else:
-                    await self._connector.put(name, [view], if_absent=bool(condition))
+            arrival = Arrival(view)
+            if wanted is not None:
+                put = self._append_only.put(wanted, arrival, token.hash)
+            else:
+                put = self._connector.put_arriving(name, arrival, if_absent=bool(condition))
+            async with meanwhile(put) as stored:
+                await self._transfer.receive(request, arrival)
+                exchange.received_bytes = size_bytes
+                async with Patience(self._limits.put_s, httpwire.WORDS["lost"]):
+                    await stored
         return await self._transfer.finish(request, done_response())
 
     async def _delete(self, request: web.BaseRequest, name: str, token: Token) -> web.StreamResponse:

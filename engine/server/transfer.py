@@ -13,6 +13,7 @@ from coffret.engine.server.answers import ClientGone, Refused
 if TYPE_CHECKING:
     from coffret.connectors.httpwire import Refusal
     from coffret.connectors.limit import Pace
+    from coffret.engine.server.arrival import Arrival
     from coffret.engine.server.limits import Limits
 
 # How much of an object is handed to the connection at a time, and read from it.
@@ -29,13 +30,14 @@ class Transfer:
         self._upload = pace.upload if pace and pace.upload.limited else None
         self._download = pace.download if pace and pace.download.limited else None
 
-    async def receive(self, request: web.BaseRequest, view: memoryview) -> None:
-        """Fill a buffer with the body of a request.
+    async def receive(self, request: web.BaseRequest, arrival: Arrival) -> None:
+        """Take in the body of a request, to its end.
 
         :raises ClientGone: if the client is
         :raises Refused: if it takes too long
         """
-        if not len(view):
+        size_bytes = len(arrival.view)
+        if not size_bytes:
             return
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -43,16 +45,15 @@ class Transfer:
         if self._upload is None:
             request.content.set_read_chunk_size(_READ_BYTES)
         now = asyncio.get_running_loop().time
-        end, at = now() + self._limits.transfer_s(len(view)), 0
+        end = now() + self._limits.transfer_s(size_bytes)
         try:
             async with asyncio.timeout(None) as deadline:
-                while at < len(view):
+                while arrival.size_bytes < size_bytes:
                     deadline.reschedule(min(end, now() + self._limits.stall_s))
                     piece = await request.content.readany()
                     if not piece:
                         raise ClientGone
-                    view[at : at + len(piece)] = piece
-                    at += len(piece)
+                    arrival.grow(piece)
                     if self._upload is not None:
                         deadline.reschedule(None)
                         await self._upload.take(len(piece))

@@ -15,7 +15,7 @@ import anyio.lowlevel
 import pytest
 from tests.connectors.stores import STORES, Store
 
-from coffret.connectors.base import Connector, ObjectInfo
+from coffret.connectors.base import Arriving, Connector, ObjectInfo
 from coffret.connectors.errors import AlreadyExists, InvalidName, InvalidRange, NotFound
 
 if TYPE_CHECKING:
@@ -124,6 +124,62 @@ class TestPutAndGet:
                 tasks.start_soon(connector.put, f"index/{number}", [b"%d" % number])
         for number in range(60):
             assert await connector.get(f"index/{number}") == b"%d" % number
+
+
+class Slowly(Arriving):
+    """A body that comes in by pieces; `refused`: it turns out that it must not be stored."""
+
+    def __init__(self, data: bytes, *, refused: Exception | None = None) -> None:
+        self.view = aligned(bytes(len(data)))
+        self._data, self._refused = data, refused
+
+    async def reach(self, size_bytes: int) -> None:
+        await anyio.lowlevel.checkpoint()
+        # Nothing behind it: who reads further than he has waited for stores zeros.
+        self.view[:size_bytes] = self._data[:size_bytes]
+
+    async def accept(self) -> None:
+        await super().accept()
+        if self._refused:
+            raise self._refused
+
+
+class TestArriving:
+    @pytest.mark.parametrize("if_absent", [False, True])
+    async def test_what_has_come_in_is_stored(self, store: Store, connector: Connector, if_absent: bool) -> None:
+        for size_bytes in (0, 1, PAGE, MIB + 1, 4 * MIB, 9 * MIB + 17):
+            data, name = os.urandom(size_bytes), f"packs/aa/{size_bytes}"
+            await connector.put_arriving(name, Slowly(data), if_absent=if_absent)
+            assert store.raw_get(name) == data
+        assert len(store.raw_names()) == 6
+
+    async def test_a_name_that_is_taken(self, store: Store, connector: Connector) -> None:
+        await connector.put("packs/aa/one", [b"1"])
+        with pytest.raises(AlreadyExists):
+            await connector.put_arriving("packs/aa/one", Slowly(bytes(5 * MIB)), if_absent=True)
+        assert store.raw_get("packs/aa/one") == b"1"
+        await connector.put_arriving("packs/aa/one", Slowly(b"2"))
+        assert store.raw_get("packs/aa/one") == b"2"
+
+    async def test_what_must_not_be_stored_is_not(self, store: Store, connector: Connector) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await connector.put_arriving("packs/aa/one", Slowly(bytes(9 * MIB), refused=ZeroDivisionError()))
+        assert store.raw_names() == set()
+
+    async def test_a_sender_that_goes_away(self, store: Store, connector: Connector) -> None:
+        class Gone(Slowly):
+            async def reach(self, size_bytes: int) -> None:
+                if size_bytes > 5 * MIB:
+                    reached.set()
+                    await anyio.sleep_forever()
+                await super().reach(size_bytes)
+
+        reached = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connector.put_arriving, "packs/aa/one", Gone(bytes(9 * MIB)))
+            await reached.wait()
+            tasks.cancel_scope.cancel()
+        assert store.raw_names() == set()
 
 
 class TestRanges:

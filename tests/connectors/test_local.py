@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.connectors.stores import files
-from tests.connectors.test_conformance import MIB, aligned, listed, race
+from tests.connectors.test_conformance import MIB, Slowly, aligned, listed, race
 
 from coffret.connectors import localfiles
 from coffret.connectors.errors import (
@@ -261,6 +261,25 @@ class TestDurability:
         ]
         assert writes
         assert {place for _, place in writes} == {"tmp/*"}
+
+    async def test_put_of_what_comes_in(self, connector: LocalConnector, calls: list[tuple[str, str]]) -> None:
+        """What is there is written before the rest has come; flushed and named is only the whole."""
+        written: list[int] = []
+
+        class Watching(Slowly):
+            async def reach(self, size_bytes: int) -> None:
+                written.append(sum(path.stat().st_size for path in (connector.path / "tmp").iterdir()))
+                await super().reach(size_bytes)
+
+            async def accept(self) -> None:
+                await super().accept()
+                assert ("fdatasync", "tmp/*") not in calls
+
+        await connector.put_arriving("packs/aa/one", Watching(bytes(9 * MIB + 3)), if_absent=True)
+        assert written == [0, 4 * MIB, 8 * MIB, 9 * MIB + 3]
+        assert [call for call in calls if call[0] not in ("write", "writev")] == [
+            ("fdatasync", "tmp/*"), ("link", "packs/aa/one"), ("unlink", "tmp/*"), ("fsync", "packs/aa"),
+        ]  # fmt: skip
 
     async def test_put_into_a_new_folder(self, connector: LocalConnector, calls: list[tuple[str, str]]) -> None:
         await connector.put("more/below/one", [b"1"])
