@@ -42,6 +42,10 @@ _REMEDY = (
     "(`coffret at REPO passphrase add --from FILE`)"
 )
 
+_UNSETTLED = (
+    "it is of before the first release: restore with the program that made it, and back up into a new repository"
+)
+
 
 class _Head(msgspec.Struct):
     """What every version of a config has."""
@@ -112,7 +116,8 @@ def parse_config(data: bytes) -> Config:
             raise NoRepository("what stands there has a `config` that is not coffret's") from None
         raise Damaged("the repository's config is cut short or altered", remedy=_REMEDY) from None
     if version != FORMAT_VERSION:
-        raise UnsupportedVersion(f"the repository has format version {version}; this program knows {FORMAT_VERSION}")
+        told = f"the repository has format version {version}; this program knows {FORMAT_VERSION}"
+        raise UnsupportedVersion(told, remedy=_UNSETTLED if version < FORMAT_VERSION else None)
     if config_bytes(config) != data or not _fits(config):
         raise Damaged("the repository's config was altered: its content does not fit its id", remedy=_REMEDY)
     _check_values(config)

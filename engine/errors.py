@@ -74,7 +74,7 @@ class RepositoryChanged(CoffretError):
 
 
 class UnsupportedVersion(CoffretError):
-    """The repository's format is newer than this program."""
+    """The repository has a format that this program does not know: a newer one, as a rule."""
 
     remedy = "use a newer version of coffret"
 

@@ -8,14 +8,14 @@ without structure since a file has one per MiB.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 ID_BYTES = 32
 REF_BYTES = 36
 ATTEMPT_BYTES = 16
@@ -249,5 +249,7 @@ decode_mark = msgspec.msgpack.Decoder(Mark).decode
 decode_removal = msgspec.msgpack.Decoder(Removal).decode
 decode_end = msgspec.msgpack.Decoder(End).decode
 decode_header = msgspec.msgpack.Decoder(SnapshotHeader).decode
+# A map as it is, whatever its fields.
+decode_fields = msgspec.msgpack.Decoder(dict[str, Any]).decode
 decode_blocks = msgspec.msgpack.Decoder(list[Block]).decode
 decode_xattrs = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]]).decode

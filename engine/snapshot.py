@@ -17,7 +17,7 @@ from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.flow import together
 from coffret.engine.objects import MAX_SNAPSHOT_BYTES, REMOVED, SNAPSHOTS, batches, list_objects, read_listed
-from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_header, encode
+from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_fields, decode_header, encode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,11 +42,13 @@ class NoSuchSnapshot(CoffretError):
 class Snapshot:
     """A committed snapshot: its header and the attempt that committed it.
 
-    In a listing the header is without its faults, which may be many: `load_whole` has them.
+    In a listing the header is without its faults, which may be many: `load_whole` has them. So it has `unknown`, the
+    fields of the header that a later version of this program has added, for those who copy it.
     """
 
     attempt: bytes
     header: SnapshotHeader
+    unknown: dict[str, object] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -96,7 +98,8 @@ def removal_name(snapshot_id: bytes, attempt: bytes) -> str:
 def seal_snapshot(sealer: Sealer, snapshot: Snapshot) -> bytes:
     """The commit object of a snapshot's attempt."""
     name = snapshot_name(snapshot.attempt)
-    return sealer.seal(sealing.SNAPSHOT, name, snapshot.attempt, encode(snapshot.header))
+    header = msgspec.structs.asdict(snapshot.header) | snapshot.unknown if snapshot.unknown else snapshot.header
+    return sealer.seal(sealing.SNAPSHOT, name, snapshot.attempt, encode(header))
 
 
 def seal_end(sealer: Sealer, attempt: bytes, end: End) -> bytes:
@@ -104,19 +107,21 @@ def seal_end(sealer: Sealer, attempt: bytes, end: End) -> bytes:
     return sealer.seal(sealing.END, snapshot_name(attempt), attempt, encode(end))
 
 
-def open_snapshot(sealer: Sealer, name: str, data: bytes) -> Snapshot:
-    """A snapshot from its object.
+def open_snapshot(sealer: Sealer, name: str, data: bytes, *, whole: bool = False) -> Snapshot:
+    """A snapshot from its object; `whole`: with what this version does not know of it.
 
     :raises Damaged: if it is not what was stored
     """
     attempt, payload = sealer.open(sealing.SNAPSHOT, name, data)
     try:
         header = decode_header(payload)
+        fields = decode_fields(payload) if whole else {}
     except UNDECODABLE as error:
         raise Damaged(f"{name}: {error}") from None
     if name != snapshot_name(attempt) or len(header.snapshot_id) != 16:
         raise Damaged(f"{name}: does not belong to its name")
-    return Snapshot(attempt, header)
+    known = header.__struct_fields__
+    return Snapshot(attempt, header, {key: value for key, value in fields.items() if key not in known})
 
 
 def open_end(sealer: Sealer, name: str, data: bytes) -> End:
@@ -244,13 +249,13 @@ def _not_older(listed: list[ObjectInfo], snapshots: list[Snapshot], bad: set[str
 
 
 async def load_whole(connector: Connector, sealer: Sealer, snapshot: Snapshot) -> Snapshot:
-    """A listed snapshot with its faults: what could not be backed up as it should when it was made.
+    """A listed snapshot with all that its object says: its faults, and what this version does not know.
 
     :raises Damaged: if the snapshot's object is not what was stored
     :raises NotFound: if it is gone
     """
     info = await connector.stat(snapshot_name(snapshot.attempt))
-    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES))
+    return open_snapshot(sealer, info.name, await read_listed(connector, info, MAX_SNAPSHOT_BYTES), whole=True)
 
 
 def current_user() -> str:

@@ -59,7 +59,7 @@ def open_part(
 def open_object(data_key: bytes, repository_id: bytes, name: str, stored: bytes) -> Any:
     """The record in an object that is no pack."""
     header = stored[:64]
-    assert header[:9] == b"COFFRET\0\0"
+    assert header[:9] == b"COFFRET\0\1"
     assert header[28:32] == bytes(4)
     body = open_part(data_key, header, header[9:10], repository_id, name, 0, stored[64:])
     return msgspec.msgpack.decode(zstandard.decompress(body) if header[11] else body)

@@ -94,7 +94,7 @@ def test_slot() -> None:
 @pytest.mark.anyio
 async def test_removal_log() -> None:
     vector = VECTORS["removal"]
-    fields = {"version": 0, "created": vector["created"], "number": vector["number"]}
+    fields = {"version": 1, "created": vector["created"], "number": vector["number"]}
     fields |= {"config": vector["config"].hex(), "nonce": b64encode(vector["nonce"]).decode()}
     fields |= {"removed": vector["removed"], "checksum": ""}
     assert blake3(oracle.as_json(fields)[:-1]).digest() == vector["checksum"]

@@ -1,4 +1,4 @@
-"""The golden repositories: what was written in format version 0 is read, checked, restored, and gone on with."""
+"""The golden repositories: what was written in format version 1 is read, checked, restored, and gone on with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import zstandard
+from blake3 import blake3
 from tests.golden import make_repository, tree
 from tests.golden.make_repository import FOLDER, PASSPHRASES, REMOVED_PASSPHRASE, name_of
 from tests.golden.reader import Reader
@@ -69,6 +70,21 @@ def expected(nodes: list[Node]) -> list[Node]:
         return directory.split(b"/") if directory else [], name
 
     return sorted(nodes, key=key)
+
+
+# BLAKE3 of the names and contents of all objects. Never to be changed: see tests/golden/README.md.
+FROZEN = {
+    "encrypted": "ca1e5cde117f80fffe34c966da1a45f386011c5266327bb88720712d80e90541",
+    "clear": "c23f1d8a152ccb46ee371133b1ed5f474e323f3cc13b1a833538fee42c718465",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_never_change(kind: str) -> None:
+    digest = blake3()
+    for name, data in sorted(stored(kind).items()):
+        digest.update(f"{name} {len(data)}\n".encode() + data)
+    assert digest.hexdigest() == FROZEN[kind]
 
 
 def test_they_are_small() -> None:

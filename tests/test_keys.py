@@ -62,17 +62,17 @@ HASH = config_hash(CONFIG)
 SLOT_ID, SLOT = wrap(SECRETS, PASSPHRASE, HASH, label="me@host", cost=CHEAP, entropy=counting, created=CREATED)
 
 GOLDEN_CONFIG = (
-    b'{"version":0,"repository_id":"000102030405060708090a0b0c0d0e0fda8569ae7972ff8a685c595b45f6772b","encryption":"aes256-gcm",'
-    b'"hash":"blake3-256","chunker":{"name":"fastcdc-gear64","min_bytes":524288,"avg_bytes":1048576,'
-    b'"max_bytes":4194304},"pack_bytes":33554432,"created":"2026-01-02T03:04:05Z"}\n'
+    b'{"version":1,"repository_id":"000102030405060708090a0b0c0d0e0f7a3457a753bd4b33fa897ea7fe30f2f2","encrypt'
+    b'ion":"aes256-gcm","hash":"blake3-256","chunker":{"name":"fastcdc-gear64","min_bytes":524288,"avg_bytes":'
+    b'1048576,"max_bytes":4194304},"pack_bytes":33554432,"created":"2026-01-02T03:04:05Z"}\n'
 )
-GOLDEN_SLOT_ID = "bfdb6cb14be063a031731ad75b919eb0456c23dbd2db68dcfbe3196fb194beef"
+GOLDEN_SLOT_ID = "97f94eea6d7413e0716bff445cef04a521ef91278039bf9a99ea648fc379b0b2"
 GOLDEN_SLOT = (
-    b'{"version":0,"kdf":"argon2id","memory_kib":32,"passes":1,"lanes":1,"salt":"AAECAwQFBgcICQoLDA0ODw==","cr'
+    b'{"version":1,"kdf":"argon2id","memory_kib":32,"passes":1,"lanes":1,"salt":"AAECAwQFBgcICQoLDA0ODw==","cr'
     b'eated":"2026-01-02T03:04:05Z","label":"me@host","commitment":"pks4IRs3VjTdiDpyP9xXl11I88KI6BRrt29wCmSjMc'
     b'c=","nonce":"AAECAwQFBgcICQoL","wrapped":"JZlsAJti7Q+6U5vuYiVgnxnv4PY3SW+K53z4X5xi9jFNm3rjlj0eDJvG7gUac5'
-    b'9beqqgxqkk1iOob6Op1auli1AWZZ5oaKyAQCndne2JBBI/0+QRZTe3E6zGwTNPGic39RVxM5jt9RNRgvVNu+hS1g==","endorsement'
-    b'":"P38aT9frb0wT9o8lRMoHtErMDtgcUufuqDjmBb4ofdE="}\n'
+    b'9beqqgxqkk1iOob6Op1auli1AWZZ5oaKyAQCndne2JBBI/0+QRZTe3E6zGwTNPGic3/Y2C29y8Dbf+EabJPmd0VA==","endorsement'
+    b'":"lFAC8/87yBTRAjGcpe2Ww704ZDWmIOxAas0VGI89+A8="}\n'
 )
 
 
@@ -292,7 +292,7 @@ class TestSlot:
         with pytest.raises(Damaged):
             unlock({slot_id_of(altered): altered}, PASSPHRASE, HASH)
 
-    @pytest.mark.parametrize("changes", [{"version": 1, "wrapped": {}}, {"kdf": "argon3"}])
+    @pytest.mark.parametrize("changes", [{"version": 2, "wrapped": {}}, {"kdf": "argon3"}])
     def test_newer(self, changes: dict[str, Any]) -> None:
         newer = edited(SLOT, **changes)
         with pytest.raises(UnsupportedVersion):

@@ -98,10 +98,10 @@ class TestRecovery:
         text = await export(await repository(1), CONFIG, SECRETS)
         lines = text.splitlines()
         body = base64.b64decode("".join(lines[lines.index(BEGIN) + 1 : -1]))[32:].replace(
-            b'"version":0', b'"version":1'
+            b'"version":1', b'"version":2'
         )
         newer = base64.b64encode(blake3(body).digest() + body).decode()
-        with pytest.raises(UnsupportedVersion, match="version 1"):
+        with pytest.raises(UnsupportedVersion, match="version 2"):
             await recover(MemoryConnector(), f"{BEGIN}\n{newer}\n{lines[-1]}", b"passphrase 0", label="")
 
     async def test_another_repository_is_there(self) -> None:
@@ -109,7 +109,7 @@ class TestRecovery:
         other_config = config_bytes(new_config(SECRETS))
         for there, error in (
             (other_config, RepositoryChanged),
-            (other_config.replace(b'"version":0', b'"version":9'), RepositoryChanged),
+            (other_config.replace(b'"version":1', b'"version":9'), RepositoryChanged),
             (other_config[:200], Damaged),
             (b"[core]\n", Damaged),
         ):

@@ -242,7 +242,8 @@ class _Copy:
         async with mover.at_work():
             root = await catalog.run(whole.header.catalog, whole.header.depth)
         self.reading = False
-        self._header = msgspec.structs.replace(whole.header, catalog=root)
+        copied = msgspec.structs.replace(whole.header, catalog=root)
+        self._copy = Snapshot(self.attempt.id, copied, whole.unknown)
         await self._index.flush(last=True)
 
     def _sound(self) -> frozenset[bytes]:
@@ -263,9 +264,8 @@ class _Copy:
 
     async def commit(self) -> Snapshot:
         """Put the snapshot."""
-        snapshot = Snapshot(self.attempt.id, self._header)
-        await self.attempt.commit(snapshot)
-        await self._target.saw(snapshot)
+        await self.attempt.commit(self._copy)
+        await self._target.saw(self._copy)
         with contextlib.suppress(CoffretError):  # without the note the next run looks it up again
-            await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
-        return snapshot
+            await self.attempt.mirror.vouch(self._copy.header.catalog[:ID_BYTES])
+        return self._copy

@@ -168,15 +168,16 @@ def test_not_permitted() -> None:
         assert "permission" in outcome.stderr.lower()
 
 
-def test_newer_version(stage: Stage) -> None:
+@pytest.mark.parametrize(("version", "told"), [(7, "newer version of coffret"), (0, "before the first release")])
+def test_another_version(stage: Stage, version: int, told: str) -> None:
     stage.reset()
     config = stage.run.repository / "config"
-    data = config.read_bytes()
-    put_in_place(config, data.replace(b'"version":0', b'"version":7').replace(b'"hash"', b'"later":[1],"hash"'))
+    data = config.read_bytes().replace(b'"version":1', b'"version":%d' % version)
+    put_in_place(config, data.replace(b'"hash"', b'"later":[1],"hash"'))
     for command in (["ls"], ["check"], ["check", "--packs"], ["backup", str(stage.source)]):
         outcome = stage.run(*command, codes=(1,))
-        assert "version 7" in outcome.stderr
-        assert "newer version" in outcome.stderr
+        assert f"version {version}" in outcome.stderr
+        assert told in outcome.stderr
 
 
 def test_config_of_absurd_size(stage: Stage) -> None:

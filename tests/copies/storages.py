@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector
 
-GOLDEN = ROOT / "tests" / "golden" / "repository"
+GOLDEN = ROOT / "tests" / "golden" / "version-1"
 KINDS = ("packs", "index", "snapshots", "removed", "trash", "keys", "config")
 
 

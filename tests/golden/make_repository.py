@@ -7,8 +7,8 @@ libzstd gives the same bytes.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     from tests.golden.tree import Node
 
-FOLDER = Path(__file__).parent / "repository"
+FOLDER = Path(__file__).parent / "version-1"
 PASSPHRASES, REMOVED_PASSPHRASE = (b"golden", "zwölf".encode()), b"forgotten"
 CREATED, TIME_NS = "2026-01-02T03:04:05Z", 1_767_323_045_000_000_000
 CHUNKS = ChunkerConfig(min_bytes=64, avg_bytes=128, max_bytes=512)
@@ -159,7 +159,7 @@ class Maker:
             tags=["golden", attempt],
             faults=[SourceFault(b"/\xff", "Permission denied") for _ in adopts],
             parent=name_of(f"snapshot {parent}") if parent else b"",
-            program="coffret 0",
+            program="coffret 1",
         )
         snapshot = Snapshot(name_of(attempt), header)
         await self.connector.put(
@@ -283,15 +283,14 @@ async def make(*, encrypted: bool) -> dict[str, bytes]:
     return {name: await maker.connector.get(name) for name in names}
 
 
-def main() -> None:
-    """Write both repositories over those that are there."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
+def main(folder: Path) -> None:
+    """Write both repositories below a folder."""
     for encrypted in (True, False):
         for name, data in anyio.run(partial(make, encrypted=encrypted)).items():
-            path = FOLDER / ("encrypted" if encrypted else "clear") / name
+            path = folder / ("encrypted" if encrypted else "clear") / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

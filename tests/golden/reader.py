@@ -26,7 +26,7 @@ class Reader:
     def __post_init__(self) -> None:
         config = json.loads(self.objects["config"])
         assert oracle.as_json(config) == self.objects["config"]
-        assert config["version"] == 0
+        assert config["version"] == 1
         assert config["repository_id"] == oracle.certified(config)
         self.repository_id = bytes.fromhex(config["repository_id"])
         if config["encryption"] == "none":

@@ -14,6 +14,7 @@ from tests.server.serving import Raw, Serving, request
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, PermissionRefused
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError
+from coffret.engine.records import FORMAT_VERSION
 from coffret.engine.server.attempts import Attempts
 from coffret.engine.server.tokens import APPEND_ONLY, FULL, READ_ONLY, RIGHTS
 
@@ -249,7 +250,7 @@ class TestAppendOnly:
                 wrong = [*bodies, *(found for kind, (_, found) in good.items() if kind != folder)]
                 kind = {"index": sealing.INDEX, "leases": sealing.LEASE, "snapshots": sealing.SNAPSHOT}[folder]
                 wrong.append(sealed.sealed(kind, name, other))
-                wrong.append(body[:8] + b"\x01" + body[9:])  # of another version
+                wrong.append(body[:8] + bytes((FORMAT_VERSION + 1,)) + body[9:])  # of another version
                 for each in wrong:
                     with pytest.raises(PermissionRefused):
                         await connector.put(name, [each])

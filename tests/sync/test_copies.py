@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +20,7 @@ from coffret.engine.index import open_index
 from coffret.engine.ops.sync import SyncOptions, check_pair
 from coffret.engine.progress import Progress
 from coffret.engine.records import REF_BYTES, iter_refs
-from coffret.engine.snapshot import load_whole
+from coffret.engine.snapshot import load_whole, seal_snapshot, snapshot_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +44,24 @@ async def test_the_same_snapshot(source: Path, tmp_path: Path, from_encrypted: b
     # What a client that has only the one of them learns nothing of the other.
     assert not (await sync(await a.open(), await b.open())).copied
     assert not (await sync(await b.open(), await a.open())).copied
+
+
+async def test_what_a_later_version_has_added_to_a_snapshot(source: Path) -> None:
+    """Fields of the header that are not known here are there in the copy, too."""
+    a, b = Side.made(), Side.made()
+    made = await a.backup(source)
+    mine = await a.open()
+    known = await load_whole(mine.connector, mine.sealer, await mine.find_snapshot(made))
+    assert not known.unknown
+    added: dict[str, object] = {"signature": b"\x01" * 64, "later": {"a": [1, None, "b"]}}
+    name = snapshot_name(known.attempt)
+    await mine.connector.put(name, [seal_snapshot(mine.sealer, replace(known, unknown=added))])
+    mine, other = await a.open(), await b.open()
+    assert len((await sync(mine, other)).copied) == 1
+    copy = await load_whole(other.connector, other.sealer, await (await b.open()).find_snapshot(made))
+    assert copy.unknown == added
+    assert msgspec.structs.replace(copy.header, catalog=known.header.catalog) == known.header
+    assert await is_whole(b)
 
 
 @needs_root
