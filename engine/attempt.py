@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject
     from coffret.engine.sealing import Sealer
-    from coffret.engine.snapshot import Commits, Snapshot
+    from coffret.engine.snapshot import Commits, Opened, Snapshot
     from coffret.engine.storecache import StoreCache
 
 _AT_ONCE = 8
@@ -68,15 +68,25 @@ class Attempt:
 
     `conclude` ends one that made none: it put index objects only.
 
+    `opened`: what attempts before this one have opened of the repository's snapshots.
+
     After `begin`: `commits` as listed, `marked` the packs to be swept, `damaged` the index objects that can't be read
     (with the reason): what only they locate is absent. `mirror` is the attempt's own view.
     """
 
     def __init__(
-        self, connector: Connector, sealer: Sealer, mirror: Mirror, *, what: str, kept: StoreCache | None = None
+        self,
+        connector: Connector,
+        sealer: Sealer,
+        mirror: Mirror,
+        *,
+        what: str,
+        kept: StoreCache | None = None,
+        opened: Opened | None = None,
     ) -> None:
         self.id = os.urandom(ATTEMPT_BYTES)
         self._connector, self._sealer, self._what, self._kept = connector, sealer, what, kept
+        self._opened = opened
         self.mirror = mirror.view()
         self.mirror.relist = self._relist
         self.marked: frozenset[bytes] = frozenset()
@@ -120,7 +130,11 @@ class Attempt:
         listed = await self._connector.list_turns([(TRASH,), (INDEX,), (SNAPSHOTS, REMOVED)])
         self.marked = await open_marks(self._connector, self._sealer, listed[TRASH])
         self.commits = await load_commits(
-            self._connector, self._sealer, self._kept, listed=(listed[SNAPSHOTS], listed[REMOVED])
+            self._connector,
+            self._sealer,
+            self._kept,
+            listed=(listed[SNAPSHOTS], listed[REMOVED]),
+            opened=self._opened,
         )
         await self._follow(listed[INDEX], audit=audit)
 

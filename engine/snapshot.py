@@ -85,6 +85,10 @@ class Commits:
     maintained: frozenset[str] = frozenset()
 
 
+#: What stands in snapshots/, opened before: by name, with its size in bytes.
+Opened = dict[str, tuple[int, "Snapshot | End"]]
+
+
 def snapshot_name(attempt: bytes) -> str:
     """The object name of an attempt's commit."""
     return f"snapshots/{attempt.hex()}"
@@ -142,11 +146,13 @@ async def load_commits(
     kept: StoreCache | None = None,
     *,
     listed: tuple[list[ObjectInfo], list[ObjectInfo]] | None = None,
+    opened: Opened | None = None,
 ) -> Commits:
     """List snapshots/ and read what is there. Removed snapshots are left out; of those with one id one is shown.
 
-    What is `kept` locally is not read again: an object's name never gets another content. `listed`: what lies in
-    snapshots/ and removed/, if that is known already.
+    What is `kept` locally is not read again: an object's name never gets another content, but for the end marker of
+    another size. `listed`: what lies in snapshots/ and removed/, if that is known already. `opened`: what the caller's
+    other attempts have opened, and this one adds to.
     """
     infos, removals = listed or await together(
         partial(list_objects, connector, SNAPSHOTS), partial(list_objects, connector, REMOVED)
@@ -160,14 +166,20 @@ async def load_commits(
     hidden: list[Snapshot] = []
     damaged: list[tuple[str, str]] = []
     known: dict[str, bytes] = {}
+    opened = {} if opened is None else opened
 
     async def load(info: ObjectInfo, fetched: dict[str, bytes]) -> None:
         name = info.name
         try:
-            snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
+            size_bytes, snapshot = opened.get(name, (0, None))
+            if size_bytes != info.size_bytes:
+                snapshot = _open_kept(sealer, name, known.get(name), info.size_bytes)
             if snapshot is None:
                 data = fetched[name] = await _read_end(connector, info)
                 snapshot = _open(sealer, name, data)
+            if isinstance(snapshot, Snapshot):
+                snapshot = replace(snapshot, header=msgspec.structs.replace(snapshot.header, faults=[]))
+            opened[name] = info.size_bytes, snapshot
             if isinstance(snapshot, End):
                 if snapshot.outcome != "swept":
                     (revoked if snapshot.outcome == "revoked" else maintained).add(name.partition("/")[2])
@@ -181,13 +193,12 @@ async def load_commits(
             gone.add(snapshot.attempt.hex())
         else:
             attempts[snapshot.header.snapshot_id] = (*attempts.get(snapshot.header.snapshot_id, ()), snapshot.attempt)
-            light = replace(snapshot, header=msgspec.structs.replace(snapshot.header, faults=[]))
-            other = found.get(snapshot.header.snapshot_id, light)
-            found[snapshot.header.snapshot_id] = min(light, other, key=lambda each: each.attempt)
-            hidden.extend([max(light, other, key=lambda each: each.attempt)] if other is not light else [])
+            other = found.get(snapshot.header.snapshot_id, snapshot)
+            found[snapshot.header.snapshot_id] = min(snapshot, other, key=lambda each: each.attempt)
+            hidden.extend([max(snapshot, other, key=lambda each: each.attempt)] if other is not snapshot else [])
 
     for batch in batches(infos, _AT_ONCE):
-        known = await kept.get([info.name for info in batch]) if kept is not None else {}
+        known = await kept.get([info.name for info in batch if info.name not in opened]) if kept is not None else {}
         fetched: dict[str, bytes] = {}
         async with anyio.create_task_group() as group:
             for info in batch:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
     from coffret.engine.selection import Selection
-    from coffret.engine.snapshot import Commits
+    from coffret.engine.snapshot import Commits, Opened
 
 # An attempt that was ended by another process is made anew this many times; see `ops.backup`.
 _ATTEMPTS = 3
@@ -120,10 +120,11 @@ async def sync(
         progress.phase = "sync"
         progress.files_total = sum(snapshot.header.counts.files for snapshot in snapshots)
         progress.size_total = sum(snapshot.header.counts.size_bytes for snapshot in snapshots)
+        opened: Opened = {}
         async with SyncIds(source, target) as ids:
             for snapshot in snapshots:
                 progress.subject = snapshot.short_id
-                await _sync_one(source, target, snapshot, ids, options, progress, summary)
+                await _sync_one(source, target, snapshot, ids, opened, options, progress, summary)
     summary.duration_ns = time.perf_counter_ns() - clock_ns
     return summary
 
@@ -133,13 +134,14 @@ async def _sync_one(
     target: Repository,
     snapshot: Snapshot,
     ids: SyncIds,
+    opened: Opened,
     options: SyncOptions,
     progress: Progress,
     summary: SyncSummary,
 ) -> None:
     before = {name: getattr(progress, name) for name in _COUNTERS}
     for tries_left in reversed(range(_ATTEMPTS)):
-        copy = _Copy(source, target, snapshot, ids, options, progress)
+        copy = _Copy(source, target, snapshot, ids, opened, options, progress)
         try:
             copied = await _try(copy, progress)
         except Exception as error:
@@ -188,12 +190,15 @@ class _Copy:
         target: Repository,
         snapshot: Snapshot,
         ids: SyncIds,
+        opened: Opened,
         options: SyncOptions,
         progress: Progress,
     ) -> None:
         self._source, self._target, self._snapshot = source, target, snapshot
         self._ids, self._options, self._progress = ids, options, progress
-        self.attempt = Attempt(target.connector, target.sealer, target.mirror, what="sync", kept=target.kept)
+        self.attempt = Attempt(
+            target.connector, target.sealer, target.mirror, what="sync", kept=target.kept, opened=opened
+        )
         self._index: IndexWriter | None = None
         #: Whether what is damaged now is the source, as far as that can be told.
         self.reading = False

@@ -108,6 +108,18 @@ async def test_what_lies_below_a_sound_page_is_not_looked_up(source: Path, tmp_p
     assert len(await b.ids()) == 2 and await is_whole(b)
 
 
+async def test_each_header_is_read_once(source: Path, tmp_path: Path) -> None:
+    """Not once for each snapshot that is copied after it, though each is an attempt of its own."""
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    for _ in range(6):
+        await a.backup(source)
+    counted = FaultyConnector(b.memory)
+    summary = await sync(await a.open(), await b.open(counted))
+    assert len(summary.copied) == 6
+    read = [name for method, name in counted.calls if method != "put" and name.startswith("snapshots/") and name[10:]]
+    assert 0 < len(read) == len(set(read)) < 6
+
+
 async def test_nothing_is_known_without_a_cache(source: Path, tmp_path: Path) -> None:
     a, b = Side.made(), Side.made()
     await a.backup(source)
