@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bench.bars import BARS, MB, OURS, Kind, is_remote, judge
 from bench.picture import picture
 from bench.remote_table import remote_table
-from bench.results import DEFAULT_FILE, Dedup, Measurement, Primitives, read, spread
+from bench.results import DEFAULT_FILE, Dedup, Load, Measurement, Primitives, read, spread
 from bench.scenarios import Scenario
 from bench.tables import markdown, plain
 
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, metavar="FILE", help="replace the figures in a Markdown file")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture")
     options = parser.parse_args(arguments)
-    lines = read(options.results)
+    lines = [line for line in read(options.results) if not isinstance(line, Load)]
     text = report(lines, options.scale)
     if options.into is not None:
         write_into(options.into, text)

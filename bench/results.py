@@ -105,6 +105,23 @@ class Primitives(msgspec.Struct, tag="primitives", kw_only=True):
     bounds_s: dict[str, float]
 
 
+class Load(msgspec.Struct, tag="load", kw_only=True, omit_defaults=True):
+    """Clients and maintenance on one repository for a while; `commands` has what `load_commands.Tally` has, by kind."""
+
+    run: Run
+    storage: str
+    clients: int
+    seconds: float
+    harm: bool
+    commands: dict[str, dict[str, Any]]
+    snapshots: int
+    restored: int
+    swept_packs: int
+    freed_bytes: int
+    repository_bytes: int
+    faults: list[str] = []
+
+
 Line = Measurement | Dedup | Primitives
 
 
@@ -147,15 +164,15 @@ def ratios(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list
     return [a / b for a, b in zip(ours, theirs, strict=False) if a is not None and b]
 
 
-def append(file: Path, lines: Iterable[Line]) -> None:
+def append(file: Path, lines: Iterable[Line | Load]) -> None:
     """Add lines at the end of a file."""
     with file.open("ab") as output:
         output.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
 
 
-def read(file: Path) -> list[Line]:
+def read(file: Path) -> list[Line | Load]:
     """All lines of a file, oldest first; none if there is no file."""
     if not file.exists():
         return []
-    decode = msgspec.json.Decoder(Line).decode
+    decode = msgspec.json.Decoder(Line | Load).decode
     return [decode(line) for line in file.read_bytes().splitlines() if line]
