@@ -19,8 +19,11 @@ from coffret.engine.openpool import OpenPool
 from coffret.engine.openworker import TABLE, compare_tables
 from coffret.engine.packfile import pack_name
 from coffret.engine.settings import CHECK_SLABS, OPEN_WORKERS
+from coffret.engine.snapshot import load_commits
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from coffret.connectors.base import ObjectInfo
     from coffret.engine.check_damage import Damage
     from coffret.engine.check_subset import Subset
@@ -59,6 +62,8 @@ class PackCheck:
         self.found: dict[str, int] = {}
         #: Packs that were read, every byte of them, and are as they were stored.
         self.whole: frozenset[bytes] = frozenset()
+        # Packs that are not there, though an index object named them.
+        self._missing: set[bytes] = set()
 
     async def run(self, wanted: frozenset[bytes] | None) -> None:
         """Verify all index objects, and all packs they name, or those wanted that were not seen yet."""
@@ -66,6 +71,7 @@ class PackCheck:
         self.found = {info.name: info.size_bytes async for info in self._connector.list("packs/")}
         if self._fast:
             await self._tables(None, None, wanted)
+            await self._judge_missing()
             return
         names = None if wanted is None else {pack_name(pack) for pack in wanted - self.seen}
         sizes = {name: size for name, size in self.found.items() if names is None or name in names}
@@ -82,8 +88,9 @@ class PackCheck:
         )
         async with pool, anyio.create_task_group() as group:
             await self._tables(pool, group, wanted)
+        await self._judge_missing()
         read = {pack for pack in self.seen if self._chosen is None or pack_name(pack) in self._chosen}
-        self.whole |= read - self._damage.packs
+        self.whole |= read - self._damage.packs - self._missing
 
     async def view(self) -> Mirror:
         """The mirror as far as index objects that can be relied on now say the same: it may remember more."""
@@ -105,21 +112,34 @@ class PackCheck:
     async def _tables(
         self, pool: OpenPool | None, group: anyio.abc.TaskGroup | None, wanted: frozenset[bytes] | None
     ) -> None:
-        """Go through the index objects that count: what an attempt that was taken for dead had put is void."""
+        """Go through what the index says of packs."""
         revoked = (await self._repository.commits()).revoked
         earlier = frozenset(self.seen)
-        listed = await list_objects(self._connector, "index/")
-        for info in listed:
-            if attempt_of(info.name) in revoked or info.name in self._damage.index:
+        async for name, table in self._named(revoked):
+            if table.pack in earlier or (wanted is not None and table.pack not in wanted):
                 continue
-            index = await self._index(info.name, info)
-            for table in index.packs if index is not None else ():
-                if table.pack in earlier or (wanted is not None and table.pack not in wanted):
-                    continue
-                first = table.pack not in self.seen
-                self.seen.add(table.pack)
-                await self._table(pool, group, info.name, table, first)
+            first = table.pack not in self.seen
+            self.seen.add(table.pack)
+            await self._table(pool, group, name, table, first)
         self._damage.summary.packs = len(self.found) if self._fast and wanted is None else len(self.seen)
+
+    async def _named(self, revoked: frozenset[str]) -> AsyncIterator[tuple[str, PackTable]]:
+        """The tables of the index objects that count: what an attempt that was taken for dead had put is void."""
+        for info in await list_objects(self._connector, "index/"):
+            if attempt_of(info.name) not in revoked and info.name not in self._damage.index:
+                index = await self._index(info.name, info)
+                for table in index.packs if index is not None else ():
+                    yield info.name, table
+
+    async def _judge_missing(self) -> None:
+        """Report packs that are missing. Those that nothing names any more, by a new listing, were swept meanwhile.
+
+        Maintenance deletes index objects before the packs they name; those of the dead it may leave, but void.
+        """
+        if left := self._missing - self._damage.packs:
+            revoked = (await load_commits(self._connector, self._sealer)).revoked
+            for pack in left & {table.pack async for _, table in self._named(revoked)}:
+                self._damage.pack(pack, [(WHOLE, "is missing")])
 
     async def _index(self, name: str, info: ObjectInfo | None = None) -> IndexObject | None:
         try:
@@ -141,8 +161,7 @@ class PackCheck:
         if size_bytes is None and first:
             size_bytes = await self._since(name)
         if size_bytes is None:
-            if first and await self._since(index) is not None:
-                self._damage.pack(table.pack, [(WHOLE, "is missing")])
+            self._missing.add(table.pack)
         elif pool is None or group is None or (self._chosen is not None and name not in self._chosen):
             if size_bytes != table.size_bytes and first:
                 self._damage.pack(table.pack, [(WHOLE, f"has {size_bytes} bytes instead of {table.size_bytes}")])
@@ -157,17 +176,12 @@ class PackCheck:
             group.start_soon(self._pack, pool, slab, index, table, size_bytes)
 
     async def _since(self, name: str) -> int | None:
-        """The size of an object that was not listed: it may have been put since.
-
-        Maintenance deletes index objects before the packs they name: where both are gone, nothing is damaged.
-        """
+        """The size of a pack that was not listed: it may have been put since."""
         try:
-            size_bytes = (await self._connector.stat(name)).size_bytes
+            self.found[name] = (await self._connector.stat(name)).size_bytes
         except ConnectorError:
             return None
-        if name.startswith("packs/"):
-            self.found[name] = size_bytes
-        return size_bytes
+        return self.found[name]
 
     async def _pack(self, pool: OpenPool, slab: int, index: str, table: PackTable, size_bytes: int) -> None:
         """Fetch a pack into a slab and have a worker verify it."""
@@ -177,7 +191,10 @@ class PackCheck:
                 await self._connector.get_into(name, 0, pool.view(slab)[:size_bytes])
         except ConnectorError as error:
             pool.release(slab)
-            self._damage.pack(table.pack, [(WHOLE, unreadable(name, error))])
+            if isinstance(error, NotFound):
+                self._missing.add(table.pack)
+            else:
+                self._damage.pack(table.pack, [(WHOLE, unreadable(name, error))])
             return
         self._progress.size_bytes += size_bytes
         self._damage.summary.packs_read += 1

@@ -12,7 +12,7 @@ import anyio
 from anyio import to_thread
 from blake3 import blake3
 
-from coffret.connectors.errors import ConnectorError
+from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.engine.attempt import find_bad_packs
 from coffret.engine.catalog_reader import Catalog, clean_path, content_length, no_such_path
 from coffret.engine.catalog_walk import last_key_of
@@ -25,6 +25,7 @@ from coffret.engine.objects import list_objects
 from coffret.engine.packfile import pack_name
 from coffret.engine.progress import Item, Progress
 from coffret.engine.records import iter_refs
+from coffret.engine.snapshot import removal_name
 from coffret.engine.units import format_size
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ def _digest(data: bytes) -> bytes:
     return blake3(data).digest()
 
 
+class _Removed(Exception):
+    """A snapshot was removed while it was checked."""
+
+
 class Checking:
     """A check at work; what it finds adds up in `damage`."""
 
@@ -232,14 +237,13 @@ class Checking:
 
     async def needed_packs(self, targets: Targets) -> None:
         """Verify the packs that hold the catalogs and files of some snapshots; where there is damage, other copies."""
-        wanted = await self._needed(targets)
-        await self.packs.run(wanted)
-        while self.damage.packs or self.damage.index:
-            self.look(await self.packs.view())
-            wanted = await self._needed(targets)
-            if wanted <= self.packs.seen:
-                return
+        looked_at: frozenset[bytes] = frozenset()
+        while not (wanted := await self._needed(targets)) <= looked_at:
+            looked_at |= wanted
             await self.packs.run(wanted)
+            if not (self.damage.packs or self.damage.index):
+                return
+            self.look(await self.packs.view())
 
     async def _needed(self, targets: Targets) -> frozenset[bytes]:
         packs: set[bytes] = set()
@@ -271,25 +275,42 @@ class Checking:
         self._progress.phase = "files"
         self._progress.subject = snapshot.short_id
         summary = self.damage.summary
-        summary.snapshots += 1
-        before, lost = summary.damaged_files, False
-
-        def lose(path: bytes, reason: str) -> None:
-            nonlocal lost
-            lost = True
-            self._progress.fault(snapshot.short_id.encode() + b":" + path, reason)
-
-        catalog = self._catalog(snapshot, lose)
+        before = summary.damaged_files
         try:
-            if start:
-                await self._subtree(snapshot, catalog, start)
-            else:
-                await self._pages(snapshot, catalog)
-        except CoffretError as error:
-            lost = True
-            self._progress.fault(snapshot.id.encode(), str(error))
+            lost = await self._walk(snapshot, start)
+        except _Removed:
+            self._progress.note(f"{snapshot.short_id} was removed meanwhile")
+            return
+        for what, reason in lost:
+            self._progress.fault(what, reason)
+        summary.snapshots += 1
         if lost or summary.damaged_files > before:
             summary.damaged_snapshots.append(snapshot.id)
+
+    async def _walk(self, snapshot: Snapshot, start: bytes) -> list[tuple[bytes, str]]:
+        """Verify the entries of a snapshot; return which parts of its catalog are lost, and why.
+
+        :raises _Removed: if something is missing, and that is why
+        """
+        lost: list[tuple[bytes, str]] = []
+        prefix = snapshot.short_id.encode() + b":"
+        catalog = self._catalog(snapshot, lambda path, reason: lost.append((prefix + path, reason)))
+        try:
+            await (self._subtree(snapshot, catalog, start) if start else self._pages(snapshot, catalog))
+        except CoffretError as error:
+            lost.append((snapshot.id.encode(), str(error)))
+        if lost:
+            await self._see_to_it(snapshot)
+        return lost
+
+    async def _see_to_it(self, snapshot: Snapshot) -> None:
+        """That a snapshot of which something is missing was not removed meanwhile: then maintenance may have swept it.
+
+        :raises _Removed: if it was
+        """
+        with suppress(NotFound):
+            await self._repository.connector.stat(removal_name(snapshot.header.snapshot_id, snapshot.attempt))
+            raise _Removed
 
     async def _subtree(self, snapshot: Snapshot, catalog: Catalog, start: bytes) -> None:
         found: list[tuple[bytes, Entry]] = []
@@ -319,6 +340,8 @@ class Checking:
     async def _entries(self, snapshot: Snapshot, catalog: Catalog, entries: list[tuple[bytes, Entry]]) -> None:
         """Verify entries, each given with its directory, and tell of them."""
         reasons = await self.reasons(catalog, [entry for _, entry in entries])
+        if any(reasons):
+            await self._see_to_it(snapshot)
         for (directory, entry), reason in zip(entries, reasons, strict=True):
             self._tell(snapshot, directory, entry, reason)
 
