@@ -1,38 +1,56 @@
-"""Parties at work on one repository in memory, one storage call at a time, as a scheduler lets them.
+"""Parties at work on repositories in memory, one storage call at a time, as a scheduler lets them.
 
-The parties are the real backup, removal, maintenance and reader. Each talks to the storage through a `Gate`, which
-waits before every call until it is its party's turn. The party with the highest priority makes the calls, until at a
-few random moments it falls to the lowest, or dies, or the storage's clock jumps by an hour, so that whoever waits is
-taken for dead: few switches, each at any call, find what a fair coin a call hardly ever does (as in
-tests/model/scheduler.py).
+The parties are the real backup, removal, sync, maintenance, reader and check. Each talks to a storage through a `Gate`,
+which waits before every call until it is its party's turn. The party with the highest priority makes the calls, until
+at a few random moments it falls to the lowest, or dies, or the storages' clock jumps by an hour, so that whoever waits
+is taken for dead: few switches, each at any call, find what a fair coin a call hardly ever does (as in
+tests/model/scheduler.py). In some runs requests and answers get lost, and are repeated as the program does; in some,
+where there is a grace, a request arrives when its sender has given it up. Each party has a clock of its own.
 """
 
 from __future__ import annotations
 
 import random
+import time
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from zlib import crc32
 
 import anyio
 import anyio.lowlevel
+from tests.model.stepping import Fate
 
-from coffret.connectors.errors import ConnectionLost
+from coffret.connectors.base import Connector
+from coffret.connectors.errors import AlreadyExists, ConnectionLost, ConnectorError
+from coffret.connectors.retry import RetryConnector
 from coffret.connectors.wrapper import Wrapper
 from coffret.engine.errors import InTheWay, LeaseLost, reported
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    import pytest
     from tests.attempts.storage import Storage
     from tests.maintenance.oracle import Oracle
 
-    from coffret.connectors.base import Buffer, Connector, ObjectInfo
+    from coffret.connectors.base import Buffer, Listings, ObjectInfo
 
 # Where much depends on who is first.
 TURNS = ("put snapshots/", "put index/", "put trash/", "put leases/", "list trash/", "list index/", "delete ")
 # Far above what a party computes between two calls.
 _PATIENCE_S = 120
+_HOUR_S = 3600
+# By how much the clock of the party at work is wrong.
+_skew_s: ContextVar[int] = ContextVar("skew", default=0)
+
+
+def set_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each party a clock of its own."""
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + _skew_s.get())
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + _skew_s.get() * 10**9)
 
 
 @dataclass(eq=False)
@@ -54,14 +72,16 @@ class Party:
 class Gate(Wrapper):
     """A party's connector: each call waits for its turn; a listing takes one or two, between which others work."""
 
-    def __init__(self, inner: Connector, stage: Stage, party: Party) -> None:
+    def __init__(self, inner: Connector, stage: Stage, party: Party, oracle: Oracle) -> None:
         super().__init__(inner)
-        self._stage, self._party = stage, party
+        self._stage, self._party, self._oracle = stage, party, oracle
 
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
-        await self._turn(f"put {name}")
-        await self.inner.put(name, body, if_absent=if_absent)
-        self._stage.look(f"put {name}")
+        async def request() -> None:
+            await self.inner.put(name, body, if_absent=if_absent)
+            self._stage.look(f"put {name}", self._oracle)
+
+        await self._send(f"put {name}", request)
 
     async def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         await self._turn(f"get {name}")
@@ -79,14 +99,30 @@ class Gate(Wrapper):
                 if crc32(info.name.encode(), salt) % pages == page:
                     yield info
 
+    async def list_turns(self, turns: Sequence[Sequence[str]]) -> Listings:
+        return await Connector.list_turns(self, turns)  # each a call of its own
+
     async def stat(self, name: str) -> ObjectInfo:
         await self._turn(f"stat {name}")
         return await self.inner.stat(name)
 
     async def delete(self, name: str) -> None:
-        await self._turn(f"delete {name}")
-        await self.inner.delete(name)
-        self._stage.look(f"delete {name}")
+        async def request() -> None:
+            await self.inner.delete(name)
+            self._stage.look(f"delete {name}", self._oracle)
+
+        await self._send(f"delete {name}", request)
+
+    async def _send(self, call: str, request: Callable[[], Awaitable[None]]) -> None:
+        """Let a request have its fate."""
+        await self._turn(call)
+        fate = self._stage.fate()
+        if fate is Fate.LATE:
+            self._stage.late.append((call, request))
+        elif fate is not Fate.NOT_SENT:
+            await request()
+        if fate is not Fate.DONE:
+            raise ConnectionLost(f"no answer: {call}")
 
     async def _turn(self, call: str) -> None:
         party = self._party
@@ -96,24 +132,42 @@ class Gate(Wrapper):
             party.wake()
             await event.wait()
         if party.dead:
-            raise ConnectionLost("the process is dead")
+            raise ConnectorError("the process is dead")
 
 
 class Stage:
-    """One run. `violation` is what must never be seen, and was; `story` the calls that were made."""
+    """One run. `violation` is what must never be seen, and was; `story` the calls that were made.
 
-    def __init__(self, storage: Storage, oracle: Oracle, seed: int) -> None:
-        self.storage, self.oracle, self.random = storage, oracle, random.Random(seed)
+    `lossy`: how likely a request or its answer gets lost; `late` ones are on their way, if `delays` allows that.
+    """
+
+    def __init__(self, seed: int, *, delays: bool) -> None:
+        self.random = random.Random(seed)
         self.now_s = 1.8e9
-        storage.memory.clock = lambda: self.now_s
         self.order: list[Party] = []  # the last has the highest priority
         self.violation = ""
         self.story: list[str] = []
         self.turn = self.random.choice((0.0, 0.1, 0.3))
+        self.lossy = self.random.choice((0.0, 0.02, 0.1))
+        self.fates = [Fate.NOT_SENT, Fate.UNANSWERED, *([Fate.LATE] if delays else [])]
+        self.hours = 0.5 if delays else 0.25  # the grace has to pass before anything is swept
+        self.late: list[tuple[str, Callable[[], Awaitable[None]]]] = []
 
-    def gate(self, party: Party) -> Gate:
-        """The storage as a party has it."""
-        return Gate(self.storage.memory, self, party)
+    def gate(self, party: Party, storage: Storage, oracle: Oracle) -> Connector:
+        """A storage as a party has it."""
+        storage.memory.clock = lambda: self.now_s
+        return RetryConnector(Gate(storage.memory, self, party, oracle), first_wait_s=0)
+
+    def fate(self) -> Fate:
+        """What becomes of a request."""
+        return self.random.choice(self.fates) if self.random.random() < self.lossy else Fate.DONE
+
+    async def deliver(self, number: int) -> None:
+        """Let a late request arrive."""
+        call, request = self.late.pop(number)
+        self.story.append(f"late: {call}")
+        with suppress(AlreadyExists):
+            await request()
 
     async def play(self, cast: Sequence[tuple[str, Callable[[Party], Awaitable[None]]]], span: int) -> None:
         """Let the parties of a cast do their work. Switches, deaths, jumps of the clock fall into the first calls."""
@@ -138,6 +192,8 @@ class Stage:
                     if step in moments:
                         await self._happen(party)
                         continue
+                    if self.late and self.random.random() < 0.02:
+                        await self.deliver(self.random.randrange(len(self.late)))
                     number = self.random.randrange(len(party.waiting))
                     if party.waiting[number][0].startswith(TURNS) and self.random.random() < self.turn:
                         self.order.insert(0, self.order.pop())
@@ -153,11 +209,17 @@ class Stage:
         if (kind := self.random.random()) < 0.2:
             self.story.append(f"{party.name} dies")
             self._kill(party)
-        elif kind < 0.45:
-            self.story.append("an hour passes")
-            self.now_s += 3700
+        elif kind < 0.2 + self.hours:
+            await self.pass_an_hour()
         if kind > 0.3:
             self.order.insert(0, self.order.pop())
+
+    async def pass_an_hour(self) -> None:
+        """What is late arrives: the grace is longer than any request is."""
+        while self.late:
+            await self.deliver(0)
+        self.story.append("an hour passes")
+        self.now_s += _HOUR_S + 100
 
     def _kill(self, party: Party) -> None:
         party.dead = True
@@ -167,6 +229,7 @@ class Stage:
         party.scope.cancel()
 
     async def _run(self, party: Party, work: Callable[[Party], Awaitable[None]]) -> None:
+        _skew_s.set(self.random.choice((-_HOUR_S, 0, _HOUR_S)))
         try:
             with party.scope:
                 await work(party)
@@ -178,7 +241,7 @@ class Stage:
             party.ended = True
             party.wake()
 
-    def look(self, call: str) -> None:
+    def look(self, call: str, oracle: Oracle) -> None:
         """After a call that may do harm: whether it has."""
         if not self.violation and call.startswith(("delete ", "put snapshots/")):
-            self.violation = self.oracle.violation()
+            self.violation = oracle.violation()
