@@ -13,6 +13,7 @@ from coffret.commands.running import Session, new_passphrase
 from coffret.display import path_fields, printable
 from coffret.engine.errors import TargetError, UsageError, WrongPassphrase
 from coffret.engine.opening import bare_storage
+from coffret.engine.rights import need
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,7 @@ def add(session: Session, label: str, source: str | None) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
-            _check_encrypted(repository)
+            _check_changeable(repository)
             fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.add(
                 repository.connector, repository.config_data, repository.secrets, fresh, label=label or platform.node()
@@ -65,11 +66,13 @@ def add(session: Session, label: str, source: str | None) -> int:
     return session.run((lambda: _recover(session, source, label)) if source else run)
 
 
-def _check_encrypted(repository: Repository) -> None:
+def _check_changeable(repository: Repository) -> None:
     """Say it before a passphrase is asked for.
 
     :raises UsageError: if the repository has none
+    :raises StorageError: if the storage lets this client change none
     """
+    need(repository.connector, "changing passphrases")
     if not repository.config.encrypted:
         raise UsageError(
             "the repository has no encryption, and so no passphrase",
@@ -117,7 +120,7 @@ def change(session: Session, label: str, exclusive: bool) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
-            _check_encrypted(repository)
+            _check_changeable(repository)
             fresh = new_passphrase("new passphrase", NEW)
             slot = await passphrases.change(
                 repository.connector,
@@ -147,7 +150,7 @@ def rm(session: Session, slot: str, exclusive: bool) -> int:
         from coffret.engine.ops import passphrases
 
         async with session.repository() as repository:
-            _check_encrypted(repository)
+            _check_changeable(repository)
             keyring = await read_keyring(repository.connector, config_hash(repository.config_data))
             found = passphrases.find_slot(keyring, slot)
             await passphrases.remove(

@@ -34,10 +34,13 @@ Buffer = bytes | bytearray | memoryview
 # `tmp/` is the connectors' own place for what is not whole yet.
 NAME = re.compile(r"(?!tmp(/|\Z))[a-z0-9][a-z0-9._-]{0,199}(/[a-z0-9][a-z0-9._-]{0,199}){0,3}")
 
+# What a storage may let its clients do, the least first: get and list; add what is new, and end nothing; everything.
+READ_ONLY, APPEND_ONLY, FULL = RIGHTS = ("read-only", "append-only", "full")
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a connector does best, as data for the engine's scheduling."""
+    """What a connector does best, as data for the engine's scheduling; and what it may be used for."""
 
     parallel_puts: int = 2
     parallel_gets: int = 4
@@ -47,6 +50,8 @@ class Capabilities:
     exclusive_puts: bool = True
     # Whether `list` goes by ascending names, so that one that was cut off can be taken up.
     ordered_lists: bool = False
+    # As far as the storage says so beforehand: one of RIGHTS.
+    right: str = FULL
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ ConnectorError
 ├── InvalidLocation     a location or option no connector understands
 ├── StorageFull         no space left
 ├── PermissionRefused   the storage says no
+│   └── RightMissing    the token is for less than this
 ├── NotStorage          the place is something else (a file, a folder with other content)
 └── TransientError      worth trying again
     └── ConnectionLost  the answer never came
@@ -46,6 +47,10 @@ class StorageFull(ConnectorError):
 
 class PermissionRefused(ConnectorError):
     """The storage refuses the operation to this user."""
+
+
+class RightMissing(PermissionRefused):
+    """The token that was shown gives the right to less than this."""
 
 
 class NotStorage(ConnectorError):

@@ -46,8 +46,6 @@ class HTTPConnector(PieceReader):
     def __init__(self, place: Place, *, stall_s: float = STALL_S) -> None:
         self.place = place
         self.location = place.location
-        #: What the token may do: "read-only", "append-only" or "full"; "" as long as nobody has asked.
-        self.right = ""
         self._client = Client(place, self._learn, stall_s=stall_s)
         self._connections: int | None = None
         self._notes: tuple[str, ...] = ()
@@ -68,7 +66,7 @@ class HTTPConnector(PieceReader):
         self._client.insecure = True
 
     def _learn(self, info: Info) -> None:
-        self.capabilities, self._notes, self.right = info.capabilities, info.notes, info.right
+        self.capabilities, self._notes = info.capabilities, info.notes
         if self._connections is not None:
             super().set_connections(self._connections)
 

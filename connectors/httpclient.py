@@ -15,7 +15,7 @@ import anyio.lowlevel
 from anyio import to_thread
 
 from coffret.connectors import httperrors, httpplace
-from coffret.connectors.base import Capabilities
+from coffret.connectors.base import FULL, RIGHTS, Capabilities
 from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, NotStorage
 from coffret.connectors.httpbody import Watch
 from coffret.connectors.httpwire import ERROR_HEADER, PROTOCOL, ROOT
@@ -50,11 +50,10 @@ _MAX_INFO_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What a server says of itself: what its storage does best, what that can't promise, and the token's right."""
+    """What a server says of itself: what its storage does best, with the token's right, and what it can't promise."""
 
     capabilities: Capabilities
     notes: tuple[str, ...]
-    right: str
 
 
 class Client:
@@ -199,8 +198,9 @@ class Client:
                     coalesce_gap_bytes=_number(told["coalesce_gap_bytes"], 64 << 20),
                     exclusive_puts=told["exclusive_puts"] is True,
                     ordered_lists=told["ordered_lists"] is True,
+                    right=found["right"] if found["right"] in RIGHTS else FULL,  # what is new the server itself refuses
                 )
-                info = Info(capabilities, tuple(str(note)[:1000] for note in found["notes"][:20]), str(found["right"]))
+                info = Info(capabilities, tuple(str(note)[:1000] for note in found["notes"][:20]))
             except (ValueError, TypeError, KeyError):
                 raise NotStorage(f"{where}: what answers there is no coffret server") from None
             self._on_info(info)

@@ -16,6 +16,7 @@ from coffret.connectors.errors import (
     NotFound,
     NotStorage,
     PermissionRefused,
+    RightMissing,
     StorageFull,
     TransientError,
 )
@@ -57,7 +58,7 @@ OF_STORAGE = (
 )
 # What the server itself refuses.
 TOKEN = Refusal("token", 401, PermissionRefused)
-RIGHT = Refusal("right", 403, PermissionRefused)
+RIGHT = Refusal("right", 403, RightMissing)
 TRIES = Refusal("tries", 429, PermissionRefused)
 BUSY = Refusal("busy", 503, TransientError)
 SLOW = Refusal("slow", 408, ConnectionLost)

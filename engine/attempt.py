@@ -16,6 +16,7 @@ import anyio
 import msgspec
 from anyio import to_thread
 
+from coffret.connectors.base import APPEND_ONLY
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged, LeaseLost
@@ -35,6 +36,7 @@ from coffret.engine.objects import (
 )
 from coffret.engine.packfile import pack_name
 from coffret.engine.records import ATTEMPT_BYTES, End, encode
+from coffret.engine.rights import need
 from coffret.engine.settings import LEASE_REFRESH_S
 from coffret.engine.snapshot import load_commits, seal_end, seal_snapshot, snapshot_name
 
@@ -101,7 +103,11 @@ class Attempt:
         return f"leases/{self.id.hex()}"
 
     async def announce(self) -> None:
-        """Put the lease."""
+        """Put the lease.
+
+        :raises StorageError: if the storage lets this client add nothing
+        """
+        need(self._connector, self._what, APPEND_ONLY)
         self._leased = True
         await self._put_lease()
 

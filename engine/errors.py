@@ -30,6 +30,8 @@ _REMEDIES = {
     errno.EAGAIN: "raise the limit of processes (ulimit -u), or use fewer --workers",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+#: What helps where a token of `coffret server` is for less than what was asked.
+OTHER_TOKEN = "use a token that gives the right to it, or run the command where the server runs"
 # How a RuntimeError of `threading` and an ImportError of the dynamic loader say it.
 _NO_MEMORY = ("can't start new thread", "failed to map segment")
 
@@ -156,6 +158,8 @@ def _translated(error: BaseException) -> CoffretError | None:
         return UsageError(str(error))
     if isinstance(error, connector_errors.NotStorage):
         return NoRepository(str(error))
+    if isinstance(error, connector_errors.RightMissing):
+        return StorageError(str(error), remedy=OTHER_TOKEN)
     if isinstance(error, connector_errors.PermissionRefused):
         return StorageError(str(error), remedy="check the permissions of the storage")
     if isinstance(error, connector_errors.ConnectorError):

@@ -33,6 +33,7 @@ from coffret.engine.objects import put_once
 from coffret.engine.opening import bare_storage, known_config
 from coffret.engine.progress import Progress
 from coffret.engine.repository import OpenOptions
+from coffret.engine.rights import need
 from coffret.engine.settings import LEASE_REFRESH_S
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class _Clone:
         if theirs is not None and not self._exists:
             configuration.parse_config(theirs)
             raise _another(url)
+        need(self._target, "a clone")
         # A new copy is accepted beside what was at its location before, as a new repository is.
         self._expect_id = expect_id if self._exists else self._config.repository_id
         await self._pin(pin=False)

@@ -32,6 +32,7 @@ from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
 from coffret.engine.objects import list_leases, list_objects
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import ATTEMPT_BYTES, encode
+from coffret.engine.rights import need
 from coffret.engine.snapshot import snapshot_name
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ async def maintain(repository: Repository, options: MaintenanceOptions, progress
     :raises LeaseLost: if another maintenance took this one for dead
     :raises Unresolved: if a snapshot can't be resolved; then nothing is deleted
     """
+    if not options.dry_run:
+        need(repository.connector, "maintenance")
     if not (options.exclusive or options.dry_run or await _excludes(repository)):
         raise UsageError(
             "this storage has no put-if-absent: maintenance could delete what a writer at work relies on",

@@ -10,6 +10,7 @@ from coffret.engine.ops.check import Checking, CheckOptions
 from coffret.engine.ops.rm import remove
 from coffret.engine.repair_index import IndexRepair, IndexRepairOptions, IndexRepairSummary
 from coffret.engine.repair_snapshot import Repaired, SnapshotRepair
+from coffret.engine.rights import need
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,8 @@ async def repair_index(repository: Repository, options: IndexRepairOptions, prog
     :raises LeaseLost: if maintenance ended the attempt again and again
     :raises Damaged: if an open mark can't be read: then it is not known which packs are to be left alone
     """
+    if not options.dry_run:
+        need(repository.connector, "repair of the index")
     for tries_left in reversed(range(_ATTEMPTS)):
         work = IndexRepair(repository, options, progress)
         try:
@@ -102,6 +105,8 @@ async def repair_snapshots(
 
     :raises LeaseLost: if maintenance ended an attempt again and again
     """
+    if options.forget and not options.dry_run:
+        need(repository.connector, "removing snapshots")
     commits = await repository.commits()
     targets = [(snapshot, None) for snapshot in (commits.snapshots if snapshots is None else snapshots)]
     check = Checking(repository, CheckOptions(fast=options.fast, workers=options.workers), progress)

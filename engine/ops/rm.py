@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coffret.engine.removal import put_removal, removal_here
+from coffret.engine.rights import need
 from coffret.engine.snapshot import find_snapshot
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ async def remove(repository: Repository, snapshots: Sequence[Snapshot]) -> None:
 
     :raises ConnectorError: if the storage fails; those before are removed then
     """
+    if snapshots:
+        need(repository.connector, "removing snapshots")
     commits = await repository.commits()
     removal = removal_here()
     try:

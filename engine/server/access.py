@@ -87,7 +87,7 @@ class AppendOnly:
     def __init__(self, connector: Connector, attempts: Attempts) -> None:
         self._connector, self._attempts = connector, attempts
 
-    async def put(self, wanted: Addition, arrival: Arrival, owner: str) -> None:
+    async def put(self, wanted: Addition, arrival: Arrival, owner: str, *, if_absent: bool) -> None:
         """Add an object that comes in; nothing is ever replaced, but for a lease of one's own.
 
         :raises NoRight: if it is not what its name says, or of somebody else's attempt
@@ -100,7 +100,7 @@ class AppendOnly:
         body = arrival.view
         self._check_header(wanted, body)
         if wanted.folder == "leases":
-            await self._put_lease(wanted, body, owner)
+            await self._put_lease(wanted, body, owner, if_absent=if_absent)
             return
         await self._check_owner(wanted, owner)
         await self._connector.put(wanted.name, [body], if_absent=True)
@@ -147,11 +147,11 @@ class AppendOnly:
         if wanted.folder == "leases" and len(body) > _MAX_OWN_LEASE_BYTES:
             raise NoRight(f"{wanted.name} has {len(body)} bytes, more than any lease")
 
-    async def _put_lease(self, wanted: Addition, body: memoryview, owner: str) -> None:
+    async def _put_lease(self, wanted: Addition, body: memoryview, owner: str, *, if_absent: bool) -> None:
         known = await to_thread.run_sync(self._attempts.owner, wanted.attempt)
         if known:
             _check_same(wanted, known, owner)
-            await self._connector.put(wanted.name, [body])
+            await self._connector.put(wanted.name, [body], if_absent=if_absent)
             return
         # Nobody's as far as this server knows. It may be of one who writes past the server, or whose token was used
         # long ago: then something of it is there.

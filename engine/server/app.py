@@ -17,7 +17,7 @@ import anyio
 from aiohttp import HttpVersion11, web
 
 from coffret.connectors import httpwire
-from coffret.connectors.base import valid_name, valid_prefix
+from coffret.connectors.base import APPEND_ONLY, FULL, READ_ONLY, valid_name, valid_prefix
 from coffret.connectors.errors import ConnectorError
 from coffret.engine.errors import CoffretError
 from coffret.engine.server.access import AppendOnly, NoRight, addition, max_bytes
@@ -25,7 +25,7 @@ from coffret.engine.server.answers import ClientGone, Refused, done_response, re
 from coffret.engine.server.arrival import Arrival, meanwhile
 from coffret.engine.server.limits import Tries, address_of
 from coffret.engine.server.room import NoRoom, Room
-from coffret.engine.server.tokens import APPEND_ONLY, FULL, READ_ONLY, Token
+from coffret.engine.server.tokens import Token
 from coffret.engine.server.transfer import Patience, Transfer, cut
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class App:
         async with self.room.buffer(size_bytes, self._limits.room_wait_s) as view:
             arrival = Arrival(view)
             if wanted is not None:
-                put = self._append_only.put(wanted, arrival, token.hash)
+                put = self._append_only.put(wanted, arrival, token.hash, if_absent=bool(condition))
             else:
                 put = self._connector.put_arriving(name, arrival, if_absent=bool(condition))
             async with meanwhile(put) as stored:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from blake3 import blake3
 
+from coffret.connectors.base import RIGHTS
 from coffret.engine import state
 from coffret.engine.errors import CoffretError, UsageError
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-READ_ONLY, APPEND_ONLY, FULL = RIGHTS = ("read-only", "append-only", "full")
 # So that who finds one, in a log or a public repository, knows what it is.
 _PREFIX = "coffret_"
 _TOKEN_BYTES = 32

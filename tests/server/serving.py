@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 from tests.connectors.s3_server import forgive_uvloop, make_certificates
 
+from coffret.connectors.base import FULL
 from coffret.connectors.http import HTTPConnector
 from coffret.connectors.httpclient import STALL_S
 from coffret.connectors.httpplace import parse_location
@@ -19,7 +20,7 @@ from coffret.connectors.local import LocalConnector
 from coffret.engine.server.attempts import Attempts
 from coffret.engine.server.limits import Limits
 from coffret.engine.server.run import Settings, parse_address, serve
-from coffret.engine.server.tokens import FULL, TokenFile
+from coffret.engine.server.tokens import TokenFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@ from tests.server.conftest import make_folder
 from tests.server.serving import Raw, Serving
 from tests.server.test_hostile import QUICK
 
-from coffret.engine.server.tokens import APPEND_ONLY, READ_ONLY
+from coffret.connectors.base import APPEND_ONLY, READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

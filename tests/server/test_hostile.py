@@ -13,9 +13,9 @@ from tests.server import sealed
 from tests.server.conftest import make_folder
 from tests.server.serving import Raw, Serving, request
 
+from coffret.connectors.base import APPEND_ONLY, FULL, READ_ONLY
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine.server.limits import Limits
-from coffret.engine.server.tokens import APPEND_ONLY, FULL, READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

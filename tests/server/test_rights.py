@@ -11,12 +11,12 @@ from tests.connectors.stores import files
 from tests.server import sealed
 from tests.server.serving import Raw, Serving, request
 
+from coffret.connectors.base import APPEND_ONLY, FULL, READ_ONLY, RIGHTS
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, PermissionRefused
 from coffret.engine import sealing
 from coffret.engine.errors import CoffretError
 from coffret.engine.records import FORMAT_VERSION
 from coffret.engine.server.attempts import Attempts
-from coffret.engine.server.tokens import APPEND_ONLY, FULL, READ_ONLY, RIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -125,6 +125,8 @@ class TestAppendOnly:
             refreshed = sealed.lease(of)[1]
             await connector.put(name, [refreshed])
             assert await connector.get(name) == refreshed
+            with pytest.raises(AlreadyExists):
+                await connector.put(name, [body], if_absent=True)
             pack, packed = sealed.pack(200_000)
             for _ in range(2):
                 await connector.put(pack, [packed])

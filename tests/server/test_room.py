@@ -14,13 +14,13 @@ from tests.server import sealed
 from tests.server.conftest import make_folder
 from tests.server.serving import Raw, Serving, request
 
+from coffret.connectors.base import APPEND_ONLY, FULL
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.limit import Pace
 from coffret.connectors.local import LocalConnector
 from coffret.engine.server.limits import Limits, Tries, address_of
 from coffret.engine.server.room import NoRoom, Room
-from coffret.engine.server.tokens import APPEND_ONLY, FULL
 
 if TYPE_CHECKING:
     from pathlib import Path

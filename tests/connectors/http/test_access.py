@@ -23,6 +23,7 @@ from tests.server.conftest import make_folder
 from tests.server.serving import Serving
 
 from coffret.connectors import httperrors
+from coffret.connectors.base import READ_ONLY
 from coffret.connectors.errors import (
     AlreadyExists,
     ConnectionLost,
@@ -42,7 +43,6 @@ from coffret.connectors.httpwire import OF_STORAGE, WORDS, refusal_of
 from coffret.connectors.local import LocalConnector
 from coffret.connectors.registry import Transfers, connect, open_connector
 from coffret.connectors.retry import RetryConnector
-from coffret.engine.server.tokens import READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -153,7 +153,7 @@ class TestTokens:
             async with open_connector(server.url, options) as connector:
                 assert isinstance(connector, HTTPConnector)
                 await listed(connector)
-                return connector.right
+                return connector.capabilities.right
 
         with pytest.raises(PermissionRefused, match=r"COFFRET_SERVER_TOKEN.*token add"):
             await look()
