@@ -16,13 +16,13 @@ import msgspec
 from coffret.connectors.errors import AlreadyExists, ConnectorError
 from coffret.engine import sealing
 from coffret.engine.attempt import Lease
-from coffret.engine.errors import Damaged
-from coffret.engine.objects import MAX_MARK_BYTES, put_once, read_listed
+from coffret.engine.errors import Damaged, InTheWay
+from coffret.engine.objects import MAX_MARK_BYTES, list_leases, put_once, read_listed
 from coffret.engine.records import End, encode
 from coffret.engine.units import format_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from coffret.connectors.base import Connector, ObjectInfo
     from coffret.engine.sealing import Sealer
@@ -77,6 +77,22 @@ async def bury(connector: Connector, sealer: Sealer, attempt: str, by: bytes) ->
         put = False
     await connector.delete(f"leases/{attempt}")
     return put
+
+
+async def make_way(connector: Connector, sealer: Sealer, attempts: Iterable[str], now_s: float, by: bytes) -> int:
+    """End attempts that a sweep has to wait for, as far as they are dead; how many were ended.
+
+    :raises InTheWay: if one is at work
+    """
+    leases = await list_leases(connector)
+    ended = 0
+    for each in sorted(attempts):
+        lease = leases.get(each)
+        if lease is not None and now_s - lease.mtime_s <= DEAD_AFTER_S:
+            who = await describe(connector, sealer, lease, now_s)
+            raise InTheWay(f"packs are marked, and can't be swept while {who}, is at work")
+        ended += await bury(connector, sealer, each, by)
+    return ended
 
 
 async def describe(connector: Connector, sealer: Sealer, info: ObjectInfo, now_s: float) -> str:

@@ -10,11 +10,12 @@ from anyio import to_thread
 
 from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
-from coffret.engine.errors import ChunkMissing, CoffretError, InTheWay, reported
+from coffret.engine.errors import ChunkMissing, CoffretError, reported
 from coffret.engine.index import IndexWriter, open_index
 from coffret.engine.keyring import read_keyring
 from coffret.engine.known import KnownChunks
 from coffret.engine.maintenance_copy import COPIES_AT_ONCE, Copier
+from coffret.engine.maintenance_dead import make_way
 from coffret.engine.maintenance_index import TableMerge
 from coffret.engine.maintenance_marks import put_done, read_mark
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
@@ -132,19 +133,17 @@ class Sweep(_Replacing):
     ) -> None:
         super().__init__(repository, attempt, progress)
         self._number, self._mark, self._limits = number, mark, limits
-        self.deleted_packs = self.deleted_bytes = self.stored_bytes = 0
+        self.deleted_packs = self.deleted_bytes = self.stored_bytes = self.ended_attempts = 0
 
     async def run(self) -> None:
         """List anew, copy, replace, commit, delete. Each attempt that the mark has seen has ended by now."""
         progress, scene = self._progress, self._scene
         doomed = await read_mark(self._connector, self._sealer, self._mark)
         progress.phase = "looking"
-        needs = await self._look(doomed)
-        if needs is None:
+        found = await self._look(doomed)
+        if found is None:
             return
-        naming = await scene.naming(doomed)
-        if any(attempt_of(name) not in scene.ended for name in naming):
-            raise InTheWay("an attempt that has not ended names packs that are marked")
+        needs, naming = found
         writer = await self._writer()
         before = progress.stored_bytes
         if needs.copies:
@@ -160,14 +159,23 @@ class Sweep(_Replacing):
         await put_done(self._connector, self._sealer, self._attempt.id, self._number)
         await self._put_swept()
 
-    async def _look(self, doomed: frozenset[bytes]) -> Needs | None:
-        """What is needed; None if the mark is over: another sweep has been faster."""
+    async def _look(self, doomed: frozenset[bytes]) -> tuple[Needs, frozenset[str]] | None:
+        """What is needed, and the index objects that name what is marked; None if another sweep has been faster.
+
+        :raises InTheWay: if an attempt that names what is marked has not ended
+        """
+        scene, attempt = self._scene, self._attempt
         for _ in range(TRIES):
-            await self._scene.look()
-            if not doomed <= self._attempt.marked:
+            await scene.look()
+            if not doomed <= attempt.marked:
                 return None
-            if (needs := await self._scene.resolve(doomed=doomed)) is not None:
-                return needs
+            naming = await scene.naming(doomed)
+            if unended := {attempt_of(name) for name in naming} - scene.ended:
+                # A repair that had the repository for itself: it begins beside an open mark, and names what that does.
+                now_s = await attempt.clock()
+                self.ended_attempts += await make_way(self._connector, self._sealer, unended, now_s, attempt.id)
+            elif (needs := await scene.resolve(doomed=doomed)) is not None:
+                return needs, naming
         raise others_at_work()
 
     async def _copy(self, needs: Needs, writer: IndexWriter) -> None:

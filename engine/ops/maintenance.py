@@ -24,12 +24,12 @@ from coffret.engine.attempt import Attempt, Lease
 from coffret.engine.creation import RACERS, put_race
 from coffret.engine.errors import InTheWay, UsageError
 from coffret.engine.maintenance_choice import Choice
-from coffret.engine.maintenance_dead import DEAD_AFTER_S, bury, describe
+from coffret.engine.maintenance_dead import bury, make_way
 from coffret.engine.maintenance_mark import choose_packs, clear_the_dead
 from coffret.engine.maintenance_marks import list_marks, put_mark, read_mark, record_seen
 from coffret.engine.maintenance_sweep import Merge, Sweep
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
-from coffret.engine.objects import list_leases, list_objects
+from coffret.engine.objects import list_objects
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import ATTEMPT_BYTES, encode
 from coffret.engine.rights import need
@@ -260,6 +260,7 @@ class _Maintenance:
         self.summary.swept_packs += sweep.deleted_packs
         self.summary.freed_bytes += sweep.deleted_bytes
         self.summary.stored_bytes += sweep.stored_bytes
+        self.summary.ended_attempts += sweep.ended_attempts
         return True
 
     async def _wait_for(self, attempt: Attempt, seen: frozenset[str], now_s: float) -> dict[str, float]:
@@ -272,13 +273,7 @@ class _Maintenance:
             ended = {info.name.partition("/")[2]: info.mtime_s for info in listed}
             if not (waiting := seen - ended.keys()):
                 return ended
-            leases = await list_leases(self._connector)
-            for each in sorted(waiting):
-                lease = leases.get(each)
-                if lease is not None and now_s - lease.mtime_s <= DEAD_AFTER_S:
-                    who = await describe(self._connector, self._sealer, lease, now_s)
-                    raise InTheWay(f"packs are marked, and can't be swept while {who}, is at work")
-                self.summary.ended_attempts += await bury(self._connector, self._sealer, each, attempt.id)
+            self.summary.ended_attempts += await make_way(self._connector, self._sealer, waiting, now_s, attempt.id)
 
     # Merge ------------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,10 @@ from tests.maintenance.scenery import PIECES, small_storage
 from coffret.connectors.errors import ConnectionLost, ConnectorError
 from coffret.connectors.wrapper import Wrapper
 from coffret.engine.errors import InTheWay, reported
+from coffret.engine.maintenance_marks import list_marks
+from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.maintenance import MaintenanceOptions, maintain
+from coffret.engine.ops.repair import IndexRepairOptions, repair_index
 from coffret.engine.ops.rm import remove
 from coffret.engine.progress import Progress
 from coffret.engine.stream import StreamSource
@@ -130,6 +134,42 @@ async def test_killed_at_each_call(tmp_path: Path, done: bool) -> None:
         )
         assert found["index"] <= end["index"] + 1
         assert (await (await storage.open()).commits()).damaged == []
+
+
+@pytest.mark.parametrize(("done", "again"), [(False, False), (True, True)], ids=["not done", "done, and repeated"])
+async def test_a_repair_that_dies_beside_a_mark(
+    tmp_path: Path, done: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the repository for itself, and names what is marked: the sweep ends it, when it is dead for sure."""
+    monkeypatch.setattr("coffret.engine.index.INDEX_EVERY_CHUNKS", 30)
+    storage, oracle = await scene(tmp_path)
+    await maintain(await storage.open(), MaintenanceOptions(grace_s=3600), Progress())
+    clock[0] += 3600
+    marked = dict(storage.memory._objects)
+    await one_run(storage, -1, done=done)
+    end = kinds(await storage.names(""))
+    number, calls = 0, 1
+    while number < calls:
+        storage.memory._objects.clear()
+        storage.memory._objects.update(marked)
+        dying = Dying(storage, number, done=done)
+        with suppress(ConnectorError, ExceptionGroup):
+            await repair_index(await storage.open(dying), IndexRepairOptions(all=True, exclusive=True), Progress())
+        calls = number + 2 if dying.dead else len(dying.calls)
+        if again:
+            await repair_index(await storage.open(), IndexRepairOptions(all=True, exclusive=True), Progress())
+        await one_run(storage, -1, done=done)  # its lease may be in the way
+        assert not oracle.violation(), (number, dying.calls)
+        clock[0] += 3600
+        for _ in range(2):
+            await one_run(storage, -1, done=done)
+            assert not oracle.violation(), (number, dying.calls)
+        assert not (await list_marks(storage.memory)).open, (number, dying.calls)
+        found = kinds(await storage.names(""))
+        assert (found["packs"], found.get("leases", 0)) == (end["packs"], 0), (number, dying.calls)
+        assert (await (await storage.open()).check(options=CheckOptions(fast=True))).clean
+        number += 1
+    assert number > 4  # lease, index objects, end, lease
 
 
 async def test_a_writer_stops_before_or_after_any_put(tmp_path: Path) -> None:
