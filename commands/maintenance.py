@@ -10,6 +10,9 @@ from coffret.commands.line import EPILOG
 from coffret.display import counted
 from coffret.engine.units import format_duration, format_size, parse_seconds
 
+# Done, but something that is needed could not be read.
+PARTLY = 3
+
 if TYPE_CHECKING:
     from coffret.commands.running import Session
     from coffret.engine.ops.maintenance import MaintenanceSummary
@@ -48,10 +51,11 @@ def command(session: Session, grace: str, exclusive: bool, dry_run: bool) -> int
             ended_attempts=summary.ended_attempts,
             open_packs=summary.open_packs,
             sweep_in_s=summary.sweep_in_s,
+            damaged_packs=summary.damaged_packs,
             dry_run=dry_run,
             duration_s=session.display.elapsed_s,
         )
-        return 0
+        return PARTLY if summary.damaged_packs else 0
 
     return session.run(run, progress=True)
 
@@ -68,6 +72,8 @@ def _told(summary: MaintenanceSummary, *, dry_run: bool) -> str:
     if summary.swept_packs:
         freed = format_size(max(0, summary.freed_bytes - summary.stored_bytes))
         done.append(f"swept {counted(summary.swept_packs, 'pack')}, {freed} freed")
+    if summary.damaged_packs:
+        done.append(f"kept what can't be read of {counted(len(summary.damaged_packs), 'damaged pack')}, see `check`")
     if summary.merged_objects:
         done.append(f"replaced {counted(summary.merged_objects, 'index object')}")
     if summary.ended_attempts:

@@ -87,6 +87,10 @@ class IndexWriter:
         self._bytes += table.size_bytes
         await self.relieve()
 
+    def adopt(self, locations: Mapping[bytes, Location]) -> None:
+        """Name these chunks, too, where they lie in packs that are durable."""
+        self._known.adopt(locations)
+
     async def relieve(self) -> None:
         """Publish if enough has come together, or some time ago."""
         if (

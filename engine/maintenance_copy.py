@@ -3,7 +3,8 @@
     ranges of packs ──► open (threads) ──► seal ──► upload ──► index
 
 A block of which everything is wanted is sealed anew as it was compressed; of another the wanted chunks are gathered
-with their neighbours into new blocks. Memory, in the order the bytes flow: ranges being read (`_READERS` of 8 MiB, and
+with their neighbours into new blocks. Of a damaged block each chunk is sought elsewhere, and what can't be had is kept
+as it is (`maintenance_keep.py`). Memory, in the order the bytes flow: ranges being read (`_READERS` of 8 MiB, and
 what they decompress to), blocks (16 MiB), pack buffers (uploads + 3).
 """
 
@@ -18,8 +19,9 @@ from blake3 import blake3
 
 from coffret.engine.errors import ChunkMissing, Damaged
 from coffret.engine.fetch import Range, coalesce
+from coffret.engine.maintenance_keep import DamagedPacks
 from coffret.engine.messages import RawBlock
-from coffret.engine.packfile import MAX_RAW_BYTES, pack_name
+from coffret.engine.packfile import MAX_RAW_BYTES
 from coffret.engine.pipeline import Storing
 from coffret.engine.records import pack_ref
 from coffret.engine.sealing import RAW, ZSTD, decompress
@@ -73,7 +75,10 @@ class Gather:
 
 
 class Copier:
-    """Copies for one attempt of maintenance. `index` is told of each new pack that is durable."""
+    """Copies for one attempt of maintenance. `index` is told of each new pack that is durable.
+
+    `damaged`: the packs of which something could not be read.
+    """
 
     def __init__(
         self,
@@ -100,12 +105,12 @@ class Copier:
         self._outbox = self._storing.blocks.sender()
         progress.channels = self._storing.statistics
         self._gather = Gather()
-        self.copied = 0
+        self.damaged = DamagedPacks(repository.connector, attempt=attempt, index=index, progress=progress)
 
     async def run(self, groups: Iterable[list[tuple[bytes, Location, bool]]]) -> None:
         """Copy groups of (chunk id, where it lies, whether of a catalog); each group is of packs of its own.
 
-        :raises ChunkMissing: if one can't be had there; `pack` is the pack then
+        :raises ChunkMissing: if a pack can't be read at all
         """
         try:
             async with anyio.create_task_group() as group:
@@ -135,40 +140,52 @@ class Copier:
             data = await self._fetcher.read(part)
             for location in part.blocks:
                 each = wanted[location.pack, location.offset]
-                block, chunks = await to_thread.run_sync(self._open, part, data, each)
+                try:
+                    block, chunks = await to_thread.run_sync(self._open, part, data, each)
+                except Damaged as error:
+                    block, chunks = None, await self._sought(each, str(error))
                 self._progress.size_bytes += sum(length for _, _, length in each.chunks)
-                self.copied += len(each.chunks)
                 if block is not None:
                     await outbox.send(block)
                 for chunk_id, content in chunks:
                     for full in self._gather.add(each.meta, chunk_id, content):
                         await outbox.send(full)
 
+    async def _sought(self, wanted: _Wanted, reason: str) -> list[tuple[bytes, bytes]]:
+        """What can be had of a damaged block all the same, here or from another pack; the rest is kept as it is."""
+        found, lost = [], []
+        for inner, chunk_id, length in wanted.chunks:
+            try:
+                [content] = await self._fetcher.chunks([chunk_id])
+            except ChunkMissing:
+                lost.append((inner, chunk_id, length))
+            else:
+                found.append((chunk_id, content))
+        if lost:
+            await self.damaged.keep(wanted.location, lost, reason)
+        return found
+
     def _open(self, part: Range, data: bytes, wanted: _Wanted) -> tuple[RawBlock | None, list[tuple[bytes, bytes]]]:
         """A block as it is to be sealed, if all of it is wanted; else the chunks that are. For threads.
 
-        :raises ChunkMissing: if it is damaged
+        :raises Damaged: if it is
         """
         location = wanted.location
         at = location.offset - part.begin
         stored = memoryview(data)[at : at + location.stored_bytes]
-        try:
-            if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
-                raise Damaged("a block is larger or compressed otherwise than any that is made")
-            body = self._fetcher.cipher(location.header).open(stored, location.offset)
-            raw = decompress(body, location.raw_bytes) if location.codec == ZSTD else body
-            if len(raw) != location.raw_bytes:
-                raise Damaged("a block has another length than its table says")
-            end, whole, chunks = 0, True, []
-            for inner, chunk_id, length in wanted.chunks:
-                content = bytes(raw[inner : inner + length])
-                if blake3(content, key=self._fetcher.id_key).digest() != chunk_id:
-                    raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
-                whole, end = whole and inner == end, inner + length
-                chunks.append((chunk_id, content))
-        except Damaged as error:
-            message = f"{pack_name(location.pack)} at {location.offset}: {error}"
-            raise ChunkMissing(message, pack=location.pack) from None
+        if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
+            raise Damaged("a block is larger or compressed otherwise than any that is made")
+        body = self._fetcher.cipher(location.header).open(stored, location.offset)
+        raw = decompress(body, location.raw_bytes) if location.codec == ZSTD else body
+        if len(raw) != location.raw_bytes:
+            raise Damaged("a block has another length than its table says")
+        end, whole, chunks = 0, True, []
+        for inner, chunk_id, length in wanted.chunks:
+            content = bytes(raw[inner : inner + length])
+            if blake3(content, key=self._fetcher.id_key).digest() != chunk_id:
+                raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
+            whole, end = whole and inner == end, inner + length
+            chunks.append((chunk_id, content))
         if not whole or end != len(raw):
             return None, chunks
         refs = b"".join(pack_ref(chunk_id, len(content)) for chunk_id, content in chunks)

@@ -20,24 +20,21 @@ if TYPE_CHECKING:
 
 
 async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Choice:
-    """Choose packs by what is needed of them: only of attempts that have ended, and named by no other."""
+    """Choose packs by what is needed of them: only of attempts that have ended, and named by no other.
+
+    Of those that are known to be damaged only such as nothing needs: what is needed could not be copied.
+    """
     named, busy = await scene.named()
     owners = await scene.owners(named)
-    ended = scene.ended
+    ended, bad = scene.ended, scene.attempt.mirror.bad_packs
+
+    def use(pack: bytes, size_bytes: int) -> PackUse:
+        live_bytes = needs.live.get(pack, 0)
+        free = pack not in busy if pack in named else owners.get(pack) in ended
+        return PackUse(pack, size_bytes, live_bytes, free and not (live_bytes and pack in bad))
 
     def decide() -> Choice:
-        return choose(
-            (
-                PackUse(
-                    pack,
-                    size_bytes,
-                    needs.live.get(pack, 0),
-                    pack not in busy if pack in named else owners.get(pack) in ended,
-                )
-                for pack, size_bytes in scene.packs.items()
-            ),
-            repository.config.pack_bytes,
-        )
+        return choose((use(*each) for each in scene.packs.items()), repository.config.pack_bytes)
 
     return await to_thread.run_sync(decide)
 

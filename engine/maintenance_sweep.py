@@ -134,6 +134,7 @@ class Sweep(_Replacing):
         super().__init__(repository, attempt, progress)
         self._number, self._mark, self._limits = number, mark, limits
         self.deleted_packs = self.deleted_bytes = self.stored_bytes = self.ended_attempts = 0
+        self.damaged_packs: list[str] = []
 
     async def run(self) -> None:
         """List anew, copy, replace, commit, delete. Each attempt that the mark has seen has ended by now."""
@@ -179,14 +180,14 @@ class Sweep(_Replacing):
         raise others_at_work()
 
     async def _copy(self, needs: Needs, writer: IndexWriter) -> None:
-        """Copy what only doomed packs hold.
+        """Copy what only doomed packs hold; what can't be read is kept as it is.
 
         :raises InTheWay: if one is gone, since another sweep of the mark has been faster
         """
         self._progress.phase = "copying"
         copier = Copier(
             self._repository,
-            self._repository.fetcher(self._attempt.mirror),
+            self._repository.fetcher(self._attempt.mirror, strict=True),
             attempt=self._attempt.id,
             index=writer,
             limits=self._limits,
@@ -198,6 +199,9 @@ class Sweep(_Replacing):
             if isinstance(reported(error), ChunkMissing) and await self._scene.moved():
                 raise others_at_work() from None
             raise
+        self.damaged_packs = [pack_name(pack) for pack in copier.damaged.kept]
+        # So that the next mark leaves them alone.
+        await self._attempt.mirror.judge(frozenset(copier.damaged.kept.values()), frozenset())
 
     async def _put_swept(self) -> None:
         """Put small end markers where removed snapshots stand: their names stay taken."""

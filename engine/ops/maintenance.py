@@ -67,7 +67,8 @@ class MaintenanceOptions:
 class MaintenanceSummary:
     """What was done. Of a dry run: what would be marked, or how many packs are marked already (`open_packs`).
 
-    `sweep_in_s`: how long until the open mark can be swept; None if there is none.
+    `sweep_in_s`: how long until the open mark can be swept; None if there is none. `damaged_packs`: names of those
+    that were swept, and of which something that snapshots need could not be read; it is kept as it is.
     """
 
     marked_packs: int = 0
@@ -80,6 +81,7 @@ class MaintenanceSummary:
     ended_attempts: int = 0
     open_packs: int = 0
     sweep_in_s: float | None = None
+    damaged_packs: list[str] = field(default_factory=list)
 
     @property
     def nothing(self) -> bool:
@@ -261,6 +263,7 @@ class _Maintenance:
         self.summary.freed_bytes += sweep.deleted_bytes
         self.summary.stored_bytes += sweep.stored_bytes
         self.summary.ended_attempts += sweep.ended_attempts
+        self.summary.damaged_packs += sweep.damaged_packs
         return True
 
     async def _wait_for(self, attempt: Attempt, seen: frozenset[str], now_s: float) -> dict[str, float]:

@@ -1,0 +1,188 @@
+"""Damage in packs that are being swept: it costs what it hit, holds nothing else up, and nothing is thrown away."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from tests.attempts.storage import ONE_WORKER
+from tests.harness import Program, Recorder
+from tests.maintenance.oracle import Oracle
+from tests.maintenance.scenery import PIECES, small_storage
+from tests.test_json import validate_all
+
+from coffret.engine.maintenance_marks import list_marks, read_mark
+from coffret.engine.ops.maintenance import MaintenanceOptions, MaintenanceSummary, maintain
+from coffret.engine.ops.repair import IndexRepairOptions, repair_index
+from coffret.engine.ops.rm import remove
+from coffret.engine.packfile import pack_name
+from coffret.engine.stream import StreamSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.attempts.storage import Storage
+
+    from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("closed_mirrors")]
+
+NOW = MaintenanceOptions(grace_s=0)
+
+
+class Scene:
+    """A repository in memory with snapshots of pieces, and a user of it, with a mirror that remembers."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.storage, self.now_s = home, small_storage(), 1.8e9
+        self.storage.memory.clock = lambda: self.now_s
+        self.recorder = Recorder()
+        self.opened: Repository
+
+    async def begin(self, *snapshots: slice) -> Scene:
+        self.opened = await self.storage.open()
+        for pieces in snapshots:
+            await self.back_up(pieces)
+        return self
+
+    async def back_up(self, pieces: slice) -> None:
+        content = self.home / "content"
+        content.write_bytes(b"".join(PIECES[pieces]))
+        await self.opened.backup(StreamSource(b"stream", f"cat {content}"), ONE_WORKER)
+
+    async def snapshots(self) -> list[Snapshot]:
+        return (await self.opened.commits()).snapshots
+
+    async def maintain(self, options: MaintenanceOptions = NOW) -> MaintenanceSummary:
+        self.recorder = Recorder()
+        return await maintain(self.opened, options, self.recorder)
+
+    async def restored(self, snapshot: Snapshot) -> bytes | None:
+        """The content of a snapshot; None if it does not restore."""
+        target = self.home / f"restored{self.now_s}"
+        self.now_s += 1
+        summary = await (await self.storage.open()).restore(snapshot, bytes(target))
+        return None if summary.errors else (target / "stream").read_bytes()
+
+
+async def marked_packs(storage: Storage, opened: Repository) -> list[str]:
+    [info] = (await list_marks(storage.memory)).open.values()
+    return [pack_name(pack) for pack in await read_mark(storage.memory, opened.sealer, info)]
+
+
+async def damage(storage: Storage, name: str) -> bytes:
+    """Flip a bit in the first block of a pack; return what was there."""
+    body = await storage.memory.get(name)
+    await storage.memory.put(name, [body[:100], bytes([body[100] ^ 1]), body[101:]])
+    return body
+
+
+async def test_what_can_t_be_copied_is_kept(tmp_path: Path) -> None:
+    scene = await Scene(tmp_path).begin(slice(0, 3), slice(2, 4), slice(4, 6))
+    storage = scene.storage
+    packs = set(await storage.names("packs/"))
+    first, hurt, other = await scene.snapshots()
+    await remove(scene.opened, [first])
+    assert (await scene.maintain(MaintenanceOptions(grace_s=3600))).to_copy_bytes > 0
+    marked = await marked_packs(storage, scene.opened)
+    bodies = {name: await storage.memory.get(name) for name in marked}
+    large = max(marked, key=lambda name: len(bodies[name]))  # of content
+    await damage(storage, large)
+    damaged = await storage.memory.get(large)
+    scene.now_s += 3601
+    summary = await scene.maintain()
+    assert (summary.damaged_packs, summary.swept_packs) == ([large], len(marked))
+    [(path, reason)] = scene.recorder.faults.items()
+    assert path == large.encode() and "is damaged at 64" in reason
+    left = set(await storage.names("packs/"))
+    [kept] = left - packs
+    assert not left & set(marked) and kept in reason
+    assert (await storage.memory.get(kept))[:-16] == damaged
+    assert not Oracle(storage, scene.opened.sealer).violation()
+    assert await scene.restored(other) == b"".join(PIECES[4:6])
+    assert await scene.restored(hurt) is None
+    # It is over, and is not begun again.
+    assert (await scene.maintain()).nothing
+    assert set(await storage.names("packs/")) == left
+    checked = await (await storage.open()).check()
+    assert set(checked.damaged_snapshots) == {hurt.id}
+
+
+async def test_who_does_not_know_of_it_keeps_it_again(tmp_path: Path) -> None:
+    """Another machine may choose what was kept, since most of it is garbage; once in a run at most."""
+    scene = await Scene(tmp_path).begin(slice(0, 3), slice(2, 4))
+    storage = scene.storage
+    first, hurt = await scene.snapshots()
+    await remove(scene.opened, [first])
+    await scene.maintain(MaintenanceOptions(grace_s=3600))
+    large = max(await marked_packs(storage, scene.opened), key=lambda name: len(storage.memory._objects[name][0]))
+    whole = await damage(storage, large)
+    damaged = await storage.memory.get(large)
+    scene.now_s += 3601
+    await scene.maintain()
+    scene.opened = await storage.open()
+    assert len((await scene.maintain()).damaged_packs) <= 1
+    assert (await scene.maintain()).nothing
+    assert [name for name in await storage.names("packs/") if storage.memory._objects[name][0].startswith(damaged)]
+    # It is put back from a copy of the repository.
+    await storage.memory.put(large, [whole])
+    await repair_index(await storage.open(), IndexRepairOptions(), Recorder())
+    assert await scene.restored(hurt) == b"".join(PIECES[2:4])
+    await scene.opened.check()
+    summary = await scene.maintain()
+    assert summary.swept_packs and not summary.damaged_packs
+    assert await scene.restored(hurt) == b"".join(PIECES[2:4])
+    assert (await (await storage.open()).check()).clean
+
+
+async def test_it_is_sought_in_other_marked_packs(tmp_path: Path) -> None:
+    """Of two copies, both to be swept, the one that was chosen to be copied is damaged."""
+    scene = await Scene(tmp_path).begin(slice(0, 3))
+    storage = scene.storage
+    await scene.opened.mirror.judge(await bad_packs(storage), frozenset())  # so that all is stored once more
+    await scene.back_up(slice(0, 3))
+    await scene.back_up(slice(2, 3))
+    snapshots = await scene.snapshots()
+    scene.opened = await storage.open()
+    await remove(scene.opened, snapshots[:2])
+    await scene.maintain(MaintenanceOptions(grace_s=3600))
+    large = [name for name in await marked_packs(storage, scene.opened) if len(await storage.memory.get(name)) > 4000]
+    assert len(large) == 2
+    await damage(storage, min(large))
+    scene.now_s += 3601
+    summary = await scene.maintain()
+    assert summary.swept_packs and not summary.damaged_packs
+    assert await scene.restored(snapshots[2]) == PIECES[2]
+    assert (await (await storage.open()).check()).clean
+
+
+async def test_what_the_program_says(tmp_path: Path) -> None:
+    """One line that names the pack, and an exit code; the day after all is as it should be but for that."""
+    program, source = Program(tmp_path), tmp_path / "source"
+    program("create", "--no-encryption")
+    for kept, gone in ((b"kept" * 1000, os.urandom(200_000)), (b"kept" * 1000, b"")):
+        source.mkdir(exist_ok=True)
+        (source / "kept").write_bytes(kept)
+        (source / "gone").write_bytes(gone)
+        program("backup", source)
+    program("rm", program("ls", "--json").of_type("item")[0]["snapshot_id"])
+    program("maintenance")
+    hurt = max((program.repository / "packs").glob("*/*"), key=lambda path: path.stat().st_size)
+    with hurt.open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    told = program("maintenance", "--grace", "0", code=3)
+    (line,) = [line for line in told.stderr.splitlines() if "is damaged" in line]
+    assert line.startswith(f"maintenance: packs/{hurt.parent.name}/{hurt.name}: is damaged at 64: ")
+    assert "kept what can't be read of 1 damaged pack" in told.stdout
+    assert not hurt.exists()
+    again = program("maintenance", "--grace", "0", "--json")
+    validate_all(again, summary="summary of maintenance")
+    assert again.summary["damaged_packs"] == []
+    assert program("check", code=4).stderr
+
+
+async def bad_packs(storage: Storage) -> frozenset[bytes]:
+    return frozenset(bytes.fromhex(name.rpartition("/")[2]) for name in await storage.names("packs/"))
