@@ -4,8 +4,12 @@
 2. Those with the largest share of garbage, as long as more than MAX_UNUSED of all that is needed lies unused: what is
    needed of them is copied. So the space that removed snapshots took comes back, all but 3 %, and no pack is copied for
    a garbage that does not matter. (restic allows 5 % unless told otherwise.)
-3. Small packs, when there are so many that one large one in their place is worth the copying: each byte is copied once
-   for every factor of _SMALL_PACKS in the number of backups.
+3. Small packs, the smallest first, where they make one that is _GROWTH times as large as the largest of them; those of
+   catalogs apart, since they stay apart. So each time that a byte is copied the pack it lies in grows by that factor,
+   until it is not small any more: at most 1 + log4(small / its first pack) times, however many backups there are. Of
+   each kind some 16 + 8 log10 of the same ratio may stay: where no first n of the sorted sizes are together four times
+   the n-th, each is by a third larger than the one before. (Size-tiered merging, as of log-structured merge trees:
+   O'Neil et al., 1996.)
 """
 
 from __future__ import annotations
@@ -21,19 +25,20 @@ if TYPE_CHECKING:
 MAX_UNUSED = 0.03
 # Needed bytes of the packs of one mark: copied before anything is deleted, and once more if that is cut off.
 MAX_COPY_BYTES = 8 << 30
-_SMALL_SHARE, _SMALL_PACKS = 4, 16
+_SMALL_SHARE, _SMALL_PACKS, _GROWTH = 4, 16, 4
 # Header, trailer and the least footer of a pack (bytes): no garbage.
 _FIXED_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class PackUse:
-    """A pack: its size, how much of that is needed, and whether it may be chosen."""
+    """A pack: its size, how much of that is needed, whether it may be chosen, and whether it holds catalogs."""
 
     pack: bytes
     size_bytes: int
     live_bytes: int
     free: bool
+    meta: bool = False
 
     @property
     def unused_bytes(self) -> int:
@@ -75,8 +80,8 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
         unused_bytes -= use.unused_bytes
         taken.add(use.pack)
     small = [use for use in free if use.size_bytes < pack_bytes // _SMALL_SHARE and use.pack not in taken]
-    if len(small) >= _SMALL_PACKS:
-        for use in small:
+    for meta in (False, True):
+        for use in _joined([use for use in small if use.meta == meta], pack_bytes):
             if not take(use):
                 break
     return Choice(
@@ -84,3 +89,20 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
         sum(use.size_bytes for use in chosen),
         sum(use.live_bytes for use in chosen),
     )
+
+
+def _joined(small: list[PackUse], pack_bytes: int) -> list[PackUse]:
+    """Those of small packs that are to be joined: the most that are _GROWTH times as large as the largest of them."""
+    uses = sorted(small, key=lambda use: use.live_bytes)
+    count = total = joined = 0
+    for number, use in enumerate(uses, 1):
+        total += use.live_bytes
+        if number >= _SMALL_PACKS and total >= _GROWTH * use.live_bytes:
+            count, joined = number, total
+    # What goes beyond full packs, if it is little, would be copied and lie in a small one again.
+    full_bytes = joined - joined % pack_bytes
+    if joined - full_bytes < pack_bytes // _SMALL_SHARE:
+        while joined > full_bytes > 0:
+            count -= 1
+            joined -= uses[count].live_bytes
+    return uses[:count]

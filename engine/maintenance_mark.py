@@ -31,7 +31,7 @@ async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Ch
     def use(pack: bytes, size_bytes: int) -> PackUse:
         live_bytes = needs.live.get(pack, 0)
         free = pack not in busy if pack in named else owners.get(pack) in ended
-        return PackUse(pack, size_bytes, live_bytes, free and not (live_bytes and pack in bad))
+        return PackUse(pack, size_bytes, live_bytes, free and not (live_bytes and pack in bad), pack in needs.catalogs)
 
     def decide() -> Choice:
         return choose((use(*each) for each in scene.packs.items()), repository.config.pack_bytes)

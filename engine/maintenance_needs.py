@@ -38,7 +38,8 @@ class Needs:
 
     `packs`: the packs there are, with their sizes; `bad`: those that were found to be damaged, which hold a chunk only
     where nothing else does. After everything was taken: `live` has the stored bytes needed of each pack that holds
-    something, and `copies` the number of chunks to be copied out of each doomed one.
+    something, `catalogs` are those that hold something of catalogs, and `copies` has the number of chunks to be copied
+    out of each doomed one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Needs:
         self._sections: list[dict[int, tuple[int, bytes]]] = [{} for _ in view.runs]
         self.live: dict[bytes, int] = {}
         self.copies: dict[bytes, int] = {}
+        self.catalogs: set[bytes] = set()
 
     def take(self, refs: bytes, *, meta: bool = False) -> bytes:
         """Note that chunks are needed, given by packed refs (`meta`: of a catalog); return those that are nowhere."""
@@ -64,6 +66,7 @@ class Needs:
             place, worth, pack, share = found
             if meta:
                 _set(self._meta, place)
+                self.catalogs.add(pack)
             if _set(self._taken, place):
                 self.live[pack] = self.live.get(pack, 0) + share
                 if worth in (_DOOMED, _BAD_AND_DOOMED) and _set(self._copied, place):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import TYPE_CHECKING
+
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
 
@@ -12,7 +16,11 @@ from coffret.engine.maintenance_dead import DEAD_AFTER_S, find_dead
 from coffret.engine.maintenance_index import TableMerge
 from coffret.engine.records import UNNAMED, Block, PackTable, iter_refs, pack_ref
 
+if TYPE_CHECKING:
+    import random
+
 PACK_BYTES = 32 << 20
+SMALL = PACK_BYTES // 4
 # However busy the machine is.
 PATIENT = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
@@ -113,3 +121,31 @@ def test_the_dead() -> None:
     assert dead.bury == {ids["a"], ids["d"]}
     assert dead.drop == {ids["c"]}
     assert find_dead(leases, set(), {}, now_s=9000 + DEAD_AFTER_S, grace_s=0, own=ids["a"]).bury == {ids["c"]}
+
+
+@settings(PATIENT, max_examples=30)
+@given(st.integers(0, 600), st.integers(500, SMALL), st.floats(0, 1), st.randoms(use_true_random=False))
+def test_how_often_a_byte_is_copied(count: int, least: int, often: float, rng: random.Random) -> None:
+    """By the bound that `maintenance_choice` tells, for every byte; and so many small packs stay, no more."""
+    most = 1 + math.log(SMALL / least, 4)
+    packs: dict[PackUse, int] = {}  # how often what lies there was copied, at most
+    number = itertools.count()
+
+    def put(size: int, meta: bool, copied: int) -> None:
+        packs[PackUse(next(number).to_bytes(32, "big"), size, size, True, meta)] = copied
+
+    for _ in range(count):
+        put(min(SMALL, int(least * (SMALL / least) ** rng.random() ** 3)), rng.random() < 0.3, 0)
+        if rng.random() < often:
+            continue  # no maintenance after this backup
+        while chosen := set(choose(packs, PACK_BYTES).packs):
+            gone = {use: packs.pop(use) for use in list(packs) if use.pack in chosen}
+            for meta in (False, True):
+                joined = {use: copied for use, copied in gone.items() if use.meta == meta}
+                left = sum(use.size_bytes for use in joined)
+                for at in range(0, left, PACK_BYTES):
+                    put(min(PACK_BYTES, left - at), meta, 1 + max(joined.values()))
+        assert max(packs.values()) <= most
+        for meta in (False, True):
+            stay = [use for use in packs if use.meta == meta and use.size_bytes < SMALL]
+            assert len(stay) <= 16 + 8 * math.log10(SMALL / least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -204,7 +205,7 @@ async def test_index_objects_and_packs_are_merged(tmp_path: Path) -> None:
     """Many backups leave many small objects; the merged index has copies of the config."""
     scene = await Scene(tmp_path).begin()
     for number in range(20):
-        await scene.back_up(slice(0, 1), bytes([number]) * 300)
+        await scene.back_up(slice(0, 0), random.Random(number).randbytes(300))
     packs, indexes = len(await scene.storage.names("packs/")), len(await scene.storage.names("index/"))
     assert indexes >= 20
     dry = await scene.maintain(MaintenanceOptions(grace_s=0, dry_run=True))
