@@ -34,7 +34,7 @@ from coffret.engine.objects import (
     put_once,
     read_listed,
 )
-from coffret.engine.packfile import pack_name
+from coffret.engine.packlist import PackList
 from coffret.engine.records import ATTEMPT_BYTES, End, encode
 from coffret.engine.rights import need
 from coffret.engine.settings import LEASE_REFRESH_S
@@ -317,10 +317,13 @@ async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
 
     Packs of index objects that were listed before are there, or never will be again.
     """
-    sizes = {info.name: info.size_bytes async for info in connector.list("packs/")}
+    listed = await PackList.listed(connector)
     bad: set[bytes] = set()
     async for batch in mirror.packs():
-        bad.update(pack for pack, size_bytes in batch if sizes.get(pack_name(pack)) != size_bytes)
+        for pack, size_bytes in batch:
+            number = listed.number(pack)
+            if number < 0 or listed[number][1] != size_bytes:
+                bad.add(pack)
     if bad and mirror.audited:
         await mirror.doubt()
     elif not bad:

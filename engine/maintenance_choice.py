@@ -57,11 +57,23 @@ class Choice:
 
 def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PACKS) -> Choice:
     """Choose packs for one mark; `pack_bytes`: size of a full one."""
-    uses = sorted(packs, key=lambda use: use.pack)
-    chosen = [use for use in uses if not use.live_bytes and use.free][:max_packs]
-    used = [use for use in uses if use.live_bytes]
-    unused_bytes, live_bytes = sum(use.unused_bytes for use in used), sum(use.live_bytes for use in used)
-    copied = 0
+    chosen: list[PackUse] = []
+    # Of the others only those are held that may be chosen. Packs that may not do not count: no other makes up for them.
+    worst: list[PackUse] = []
+    small: list[PackUse] = []
+    unused_bytes = live_bytes = copied = 0
+    for use in packs:
+        live_bytes += use.live_bytes
+        if not use.free:
+            continue
+        if not use.live_bytes:
+            chosen += [use] if len(chosen) < max_packs else []
+            continue
+        unused_bytes += use.unused_bytes
+        if use.unused_bytes > MAX_UNUSED * use.live_bytes:
+            worst.append(use)
+        if use.size_bytes < pack_bytes // _SMALL_SHARE:
+            small.append(use)
 
     def take(use: PackUse) -> bool:
         nonlocal copied
@@ -71,17 +83,14 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
         copied += use.live_bytes
         return True
 
-    free = [use for use in used if use.free]
-    worst = sorted((use for use in free if use.unused_bytes), key=lambda use: -use.unused_bytes / use.size_bytes)
     taken = set()
-    for use in worst:
+    for use in sorted(worst, key=lambda use: (-use.unused_bytes / use.size_bytes, use.pack)):
         if unused_bytes <= MAX_UNUSED * live_bytes or not take(use):
             break
         unused_bytes -= use.unused_bytes
         taken.add(use.pack)
-    small = [use for use in free if use.size_bytes < pack_bytes // _SMALL_SHARE and use.pack not in taken]
     for meta in (False, True):
-        for use in _joined([use for use in small if use.meta == meta], pack_bytes):
+        for use in _joined([use for use in small if use.meta == meta and use.pack not in taken], pack_bytes):
             if not take(use):
                 break
     return Choice(
@@ -93,7 +102,7 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
 
 def _joined(small: list[PackUse], pack_bytes: int) -> list[PackUse]:
     """Those of small packs that are to be joined: the most that are _GROWTH times as large as the largest of them."""
-    uses = sorted(small, key=lambda use: use.live_bytes)
+    uses = sorted(small, key=lambda use: (use.live_bytes, use.pack))
     count = total = joined = 0
     for number, use in enumerate(uses, 1):
         total += use.live_bytes

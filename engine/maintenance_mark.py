@@ -8,11 +8,14 @@ from anyio import to_thread
 
 from coffret.engine.maintenance_choice import PackUse, choose
 from coffret.engine.maintenance_dead import bury, find_dead
+from coffret.engine.maintenance_view import NAMED, UNNAMED
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import list_leases, list_objects
 from coffret.engine.records import ATTEMPT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from coffret.engine.maintenance_choice import Choice
     from coffret.engine.maintenance_needs import Needs
     from coffret.engine.maintenance_view import Scene
@@ -24,30 +27,29 @@ async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Ch
 
     Of those that are known to be damaged only such as nothing needs: what is needed could not be copied.
     """
-    named, busy = await scene.named()
+    named = await scene.named()
     owners = await scene.owners(named)
     ended, bad = scene.ended, scene.attempt.mirror.bad_packs
 
-    def use(pack: bytes, size_bytes: int) -> PackUse:
-        live_bytes = needs.live.get(pack, 0)
-        free = pack not in busy if pack in named else owners.get(pack) in ended
-        return PackUse(pack, size_bytes, live_bytes, free and not (live_bytes and pack in bad), pack in needs.catalogs)
+    def uses() -> Iterator[PackUse]:
+        for number, (pack, size_bytes, _) in enumerate(scene.packs):
+            live_bytes = needs.live[number]
+            free = named[number] == NAMED or (named[number] == UNNAMED and owners.get(number) in ended)
+            if live_bytes and pack in bad:
+                free = False
+            yield PackUse(pack, size_bytes, live_bytes, free, bool(needs.catalogs[number]))
 
-    def decide() -> Choice:
-        return choose((use(*each) for each in scene.packs.items()), repository.config.pack_bytes)
-
-    return await to_thread.run_sync(decide)
+    return await to_thread.run_sync(lambda: choose(uses(), repository.config.pack_bytes))
 
 
 async def clear_the_dead(repository: Repository, scene: Scene, now_s: float, grace_s: float) -> int:
     """End attempts that are dead, and take away the leases of those that have ended; how many were ended."""
     connector = repository.connector
-    named, _ = await scene.named()
     left: dict[str, float] = {}
     for info in scene.index:
         left[attempt_of(info.name)] = max(info.mtime_s, left.get(attempt_of(info.name), 0.0))
-    for pack, attempt in (await scene.owners(named)).items():
-        left[attempt] = max(scene.pack_infos[pack].mtime_s, left.get(attempt, 0.0))
+    for number, attempt in (await scene.owners(await scene.named())).items():
+        left[attempt] = max(scene.packs[number][2], left.get(attempt, 0.0))
     # After all that: an attempt whose objects were seen, and that has no lease now, commits no more.
     leases = await list_leases(connector)
     # Whose snapshot was removed has ended, also in the moment in which some servers replace it by a small end.

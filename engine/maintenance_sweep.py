@@ -25,12 +25,11 @@ from coffret.engine.packfile import pack_name
 from coffret.engine.records import End, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from coffret.connectors.base import ObjectInfo
     from coffret.engine.attempt import Attempt
     from coffret.engine.maintenance_needs import Needs
-    from coffret.engine.mirror import Location
     from coffret.engine.pipeline import Limits
     from coffret.engine.progress import Progress
     from coffret.engine.records import IndexObject
@@ -147,16 +146,16 @@ class Sweep(_Replacing):
         needs, naming = found
         writer = await self._writer()
         before = progress.stored_bytes
-        if needs.copies:
+        if any(needs.copies):
             await self._copy(needs, writer)
         self.stored_bytes = progress.stored_bytes - before
         progress.phase = "replacing"
         await self._publish(writer, naming, without=doomed)
         progress.phase = "deleting"
         await self._delete(naming)
-        there = [pack for pack in doomed if pack in scene.packs]
-        await self._delete(pack_name(pack) for pack in there)
-        self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[pack] for pack in there)
+        there = [number for pack in doomed if (number := scene.packs.number(pack)) >= 0]
+        await self._delete(pack_name(scene.packs[number][0]) for number in there)
+        self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[number][1] for number in there)
         await put_done(self._connector, self._sealer, self._attempt.id, self._number)
         await self._put_swept()
 
@@ -194,7 +193,7 @@ class Sweep(_Replacing):
             progress=self._progress,
         )
         try:
-            await copier.run(_groups(needs))
+            await copier.run(needs.to_copy(COPIES_AT_ONCE))
         except ExceptionGroup as error:
             if isinstance(reported(error), ChunkMissing) and await self._scene.moved():
                 raise others_at_work() from None
@@ -238,17 +237,3 @@ class Merge(_Replacing):
             await self._publish(await self._writer(), small)
         await self._delete(small | void)
         self.deleted_objects = len(small | void)
-
-
-def _groups(needs: Needs) -> Iterator[list[tuple[bytes, Location, bool]]]:
-    """What is to be copied, so many chunks at a time, those of one pack together."""
-    packs: set[bytes] = set()
-    count = 0
-    for pack in sorted(needs.copies):
-        packs.add(pack)
-        count += needs.copies[pack]
-        if count >= COPIES_AT_ONCE:
-            yield list(needs.to_copy(packs))
-            packs, count = set(), 0
-    if packs:
-        yield list(needs.to_copy(packs))

@@ -16,6 +16,7 @@ from coffret.engine.mirror_run import PACK
 from coffret.engine.mirror_view import SURE
 from coffret.engine.objects import list_objects
 from coffret.engine.packfile import pack_name
+from coffret.engine.packlist import PackList
 from coffret.engine.records import ATTEMPT_BYTES
 
 if TYPE_CHECKING:
@@ -29,19 +30,16 @@ if TYPE_CHECKING:
 
 # A listing during which other maintenance has ended may have missed what that moved: so often all is listed anew.
 TRIES = 10
+# What index objects say of a pack: nothing; something; something, and an attempt that put it or says so has not ended.
+UNNAMED, NAMED, BUSY = range(3)
 
 
 class Scene:
-    """The repository as an attempt has listed it: `look` first. `packs`: the packs there are, with their sizes.
-
-    `doomed`: the packs of the open mark, if that is what is looked for.
-    """
+    """The repository as an attempt has listed it: `look` first. `packs`: the packs there are."""
 
     def __init__(self, repository: Repository, attempt: Attempt, progress: Progress) -> None:
         self._repository, self.attempt, self._progress = repository, attempt, progress
-        self.packs: dict[bytes, int] = {}
-        #: Modification times of packs, for those that no index object names.
-        self.pack_infos: dict[bytes, ObjectInfo] = {}
+        self.packs = PackList()
         self.index: list[ObjectInfo] = []
         self._known: frozenset[str] = frozenset()
         self._owners: dict[bytes, str] = {}
@@ -77,12 +75,7 @@ class Scene:
                 remedy="`coffret at REPO check` tells what else is damaged, `coffret at REPO repair` helps with it",
             )
         self.index = await list_objects(connector, "index/")
-        self.packs, self.pack_infos = {}, {}
-        async for info in connector.list("packs/"):
-            digits = info.name.rpartition("/")[2]
-            if len(digits) == 64 and info.name == f"packs/{digits[:2]}/{digits}":
-                self.packs[bytes.fromhex(digits)] = info.size_bytes
-                self.pack_infos[bytes.fromhex(digits)] = info
+        self.packs = await PackList.listed(connector)
 
     @property
     def whole(self) -> bool:
@@ -134,25 +127,24 @@ class Scene:
                     owners.add(span.owner)
         return frozenset(name for name, (first, _) in view.objects.items() if first in owners)
 
-    async def named(self) -> tuple[set[bytes], set[bytes]]:
-        """(packs that index objects name, those of them that an attempt which has not ended has put or named)."""
+    async def named(self) -> bytearray:
+        """Of each pack, by its number: UNNAMED by any index object, NAMED, or BUSY."""
         return await to_thread.run_sync(self._named)
 
-    def _named(self) -> tuple[set[bytes], set[bytes]]:
+    def _named(self) -> bytearray:
         view, ended = self.view, {bytes.fromhex(attempt) for attempt in self.ended if len(attempt) == 32}
-        named: set[bytes] = set()
-        busy: set[bytes] = set()
+        named = bytearray([UNNAMED]) * len(self.packs)
         for run in view.runs:
-            for number, span in enumerate(run.info.spans):
+            for at, span in enumerate(run.info.spans):
                 state = view.state(span)
-                for pack, header, _ in PACK.iter_unpack(run.packs(number)) if state else ():
-                    named.add(pack)
-                    if state != SURE or header[12 : 12 + ATTEMPT_BYTES] not in ended:
-                        busy.add(pack)
-        return named, busy
+                for pack, header, _ in PACK.iter_unpack(run.packs(at)) if state else ():
+                    if (number := self.packs.number(pack)) >= 0:
+                        free = state == SURE and header[12 : 12 + ATTEMPT_BYTES] in ended
+                        named[number] = max(named[number], NAMED if free else BUSY)
+        return named
 
-    async def owners(self, named: set[bytes]) -> dict[bytes, str]:
-        """The attempts that put the packs which no index object names, as far as that can be told."""
+    async def owners(self, named: bytearray) -> dict[int, str]:
+        """The attempts that put the packs which no index object names, by number, as far as that can be told."""
         connector = self._repository.connector
         gets = anyio.CapacityLimiter(connector.capabilities.parallel_gets)
 
@@ -165,13 +157,13 @@ class Scene:
             if sealing.kind_of(header) == sealing.PACK:
                 self._owners[pack] = header[12 : 12 + ATTEMPT_BYTES].hex()
 
-        unnamed = [pack for pack in self.packs if pack not in named]
+        unnamed = {self.packs[number][0]: number for number, state in enumerate(named) if state == UNNAMED}
         unknown = [pack for pack in unnamed if pack not in self._owners]
         for at in range(0, len(unknown), 1000):
             async with anyio.create_task_group() as group:
                 for pack in unknown[at : at + 1000]:
                     group.start_soon(look, pack)
-        return {pack: self._owners[pack] for pack in unnamed if pack in self._owners}
+        return {number: self._owners[pack] for pack, number in unnamed.items() if pack in self._owners}
 
 
 def others_at_work() -> InTheWay:

@@ -162,17 +162,19 @@ class Run:
         for _, row in self.numbered(chunk_id):
             yield row
 
-    def numbered(self, chunk_id: bytes) -> Iterator[tuple[int, tuple[bytes, int, int, int, int, int, int, int]]]:
-        """Iterate over the rows of a chunk as (number of the row in this run, row)."""
+    def numbered(self, chunk_id: bytes) -> list[tuple[int, tuple[bytes, int, int, int, int, int, int, int]]]:
+        """The rows of a chunk as (number of the row in this run, row)."""
         bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift
-        first, end = (at * ROW.size + self._rows_less for at in self._table[bucket : bucket + 2])
-        at = first
+        table, less, rows = self._table, self._rows_less, []
+        at = first = table[bucket] * ROW.size + less
+        end = table[bucket + 1] * ROW.size + less
         while (at := self._map.find(chunk_id, at, end)) >= 0:
             if (at - first) % ROW.size:
                 at += 1
                 continue
-            yield (at - self._rows_at) // ROW.size, ROW.unpack_from(self._map, at)
+            rows.append(((at - self._rows_at) // ROW.size, ROW.unpack_from(self._map, at)))
             at += ROW.size
+        return rows
 
     def row(self, number: int) -> tuple[bytes, int, int, int, int, int, int, int]:
         """The row with this number, unpacked."""
@@ -186,6 +188,18 @@ class Run:
         at = bisect_right(self._firsts, section) - 1
         span = self.info.spans[at]
         return span if at >= 0 and section < span.first + span.sections else None
+
+    @property
+    def sections(self) -> int:
+        """How many sections it has."""
+        return self._bases[-1]
+
+    def position(self, section: int) -> int:
+        """Which of the run's sections one is, from 0 on; -1 if it is none."""
+        at = bisect_right(self._firsts, section) - 1
+        if at < 0 or section - self._firsts[at] >= self.info.spans[at].sections:
+            return -1
+        return self._bases[at] + section - self._firsts[at]
 
     def pack(self, section: int) -> tuple[bytes, bytes, int]:
         """The pack of one of this run's sections: its id, its clear header, its size in bytes."""
