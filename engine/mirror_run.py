@@ -165,9 +165,12 @@ class Run:
     def numbered(self, chunk_id: bytes) -> list[tuple[int, tuple[bytes, int, int, int, int, int, int, int]]]:
         """The rows of a chunk as (number of the row in this run, row)."""
         bucket = int.from_bytes(chunk_id[:4], "big") >> self._shift
-        table, less, rows = self._table, self._rows_less, []
-        at = first = table[bucket] * ROW.size + less
-        end = table[bucket + 1] * ROW.size + less
+        hints, hints_end = self._table[bucket], self._table[bucket + 1]
+        if self._map.find(chunk_id[HINT_AT : HINT_AT + 1], hints, hints_end) < 0:
+            return []
+        rows = []
+        at = first = hints * ROW.size + self._rows_less
+        end = hints_end * ROW.size + self._rows_less
         while (at := self._map.find(chunk_id, at, end)) >= 0:
             if (at - first) % ROW.size:
                 at += 1
