@@ -13,7 +13,7 @@ from coffret.connectors.errors import AlreadyExists, NotFound, NotStorage
 from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError
 from coffret.engine.keyring import put_slot
-from coffret.engine.objects import put_once
+from coffret.engine.objects import PROBE, put_once
 from coffret.engine.opening import bare_storage, check_not_lost
 from coffret.engine.repository import OpenOptions
 
@@ -142,7 +142,7 @@ async def probe(connector: Connector) -> list[str]:
 
     :raises NoRepository: if none of the puts succeeded
     """
-    winners = await put_race(connector, f"leases/{os.urandom(16).hex()}", [b"probe %d" % n for n in range(RACERS)])
+    winners = await put_race(connector, f"leases/{os.urandom(16).hex()}", [PROBE + b"%d" % n for n in range(RACERS)])
     if not winners:
         raise NoRepository(
             f"{connector.location}: a new name is said to be taken", remedy="choose another storage: this one errs"

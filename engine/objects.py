@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 # Folders of objects that are listed.
 SNAPSHOTS, REMOVED, INDEX, TRASH, LEASES = "snapshots/", "removed/", "index/", "trash/", "leases/"
+# How leases begin that are put by who has no keys: the racing puts that try a storage, and a clone at work. That they
+# are there is what counts; a crash leaves them as it does others.
+PROBE, CLONE = b"probe ", b"clone "
 # The largest object of each kind, as stored (bytes); see docs/format.md, "Limits". Nothing near is ever written: an
 # index object has some 36 bytes for each of 100,000 chunks, a snapshot at most 10,000 faults.
 MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20, 256 << 20

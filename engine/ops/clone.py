@@ -29,7 +29,7 @@ from coffret.engine.contents import list_contents, list_snapshots, open_marks
 from coffret.engine.copier import Copier
 from coffret.engine.creation import probe
 from coffret.engine.errors import CoffretError, InTheWay, NoRepository, UsageError
-from coffret.engine.objects import put_once
+from coffret.engine.objects import CLONE, put_once
 from coffret.engine.opening import bare_storage, known_config
 from coffret.engine.progress import Progress
 from coffret.engine.repository import OpenOptions
@@ -177,7 +177,7 @@ class _Clone:
         name, failure = f"leases/{os.urandom(16).hex()}", None
 
         async def put() -> None:
-            await self._target.put(name, [b"clone " + os.urandom(16)])
+            await self._target.put(name, [CLONE + os.urandom(16)])
 
         async def keep() -> None:
             while True:

@@ -75,6 +75,17 @@ async def test_again_copies_nothing(places: Places, golden: Path) -> None:
     assert [name.partition("/")[0] for name in changes] == ["leases"] * 2  # its own, put and taken away
 
 
+async def test_leases_of_one_that_was_killed(places: Places, golden: Path) -> None:
+    """They lie in the copy until maintenance takes them away, and are no damage; what only looks like one is."""
+    await places.clone("r:", "x:")
+    for number, body in enumerate((b"probe 0", b"clone 0123456789abcdef")):
+        places.set("x:", f"leases/{number:032x}", body)
+    assert await places.snapshots("x:", fast=False) == await places.snapshots("r:")
+    places.set("x:", f"leases/{2:032x}", b"close 0123456789abcdef")
+    with pytest.raises(AssertionError, match="not an object"):
+        await places.snapshots("x:", fast=False)
+
+
 async def test_tops_up_what_is_new(places: Places, golden: Path) -> None:
     """Here all but the first snapshot and the packs it needs is new."""
     every = places.objects("r:")
