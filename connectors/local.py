@@ -140,17 +140,16 @@ class LocalConnector(Connector):
             if self._root_fd < 0:
                 with localfiles.mapped(str(self.path)):
                     self._root_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                    if localfiles.is_young(self._root_fd):
+                        localfiles.sync_above(self.path)  # whoever made it may have died before
             return self._root_fd
 
     def _create(self) -> None:
         with localfiles.mapped(str(self.path)):
-            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             try:
                 self.path.mkdir(0o700, parents=True, exist_ok=True)
             except FileExistsError:
                 raise NotStorage(f"{self.path} is not a folder") from None
-            for folder in missing:
-                localfiles.sync_folder(str(folder.parent), None)
             if self._may_be_made_one():
                 root = self._root()
                 # The 256 folders of packs too: a put then needs no new folder, which would cost it another fsync.
@@ -269,7 +268,7 @@ class LocalConnector(Connector):
         while folders:
             folder = folders.pop()
             with self._mapped(folder):
-                for entry in localfiles.scan(folder, root):
+                for entry in localfiles.scan(folder, root, durable=True):
                     name = f"{folder}/{entry.name}" if folder else entry.name
                     if not name.startswith(prefix) or not NAME.fullmatch(name):
                         continue

@@ -25,6 +25,7 @@ from coffret.connectors.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from coffret.connectors.base import Buffer
 
@@ -38,6 +39,9 @@ _ABANDONED_AFTER_S = 24 * 3600.0
 _SCANS = 4
 # File systems stamp times by the kernel's tick, at most 10 ms long.
 _TICK_NS = 10_000_000
+# Names that nobody flushes go to the disk by themselves, on Linux in half a minute: in a folder that has not changed
+# for so long they are there.
+_WRITTEN_BACK_NS = 120 * 10**9
 
 _KINDS: dict[int, type[ConnectorError]] = {
     errno.ENOENT: NotFound,
@@ -169,16 +173,36 @@ def sync_folder(folder: str, root: int | None) -> None:
     """Make the names in a folder durable; "" is the root, and without one `folder` is a path of its own."""
     fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
     try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network mounts know no fsync of folders, and need none
-            raise
+        _flush(fd)
     finally:
         os.close(fd)
 
 
-def scan(folder: str, root: int) -> Iterator[os.DirEntry[str]]:
+def _flush(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network mounts know no fsync of folders, and need none; nor does what is mounted read-only.
+        if error.errno not in (errno.EINVAL, errno.EROFS):
+            raise
+
+
+def is_young(fd: int) -> bool:
+    """Whether a folder has names that may not be on the disk yet, if who gave them died before he flushed it."""
+    return os.fstat(fd).st_mtime_ns > time.time_ns() - _WRITTEN_BACK_NS
+
+
+def sync_above(path: Path) -> None:
+    """Make a folder's names durable, and its own, and those of all above it."""
+    for folder in (path, *path.parents):
+        with suppress(PermissionError):  # who may not look into it has made nothing there
+            sync_folder(str(folder), None)
+
+
+def scan(folder: str, root: int, *, durable: bool = False) -> Iterator[os.DirEntry[str]]:
     """Iterate over a folder; nothing if it is none. Each name that is there all the time comes exactly once.
+
+    `durable`: what comes survives a power loss, also where the process that made it died before it saw to that.
 
     One pass is not enough for that: on tmpfs and btrfs a file that is replaced moves to another place in the folder,
     and a pass over more than a thousand files can miss it (seen on tmpfs). So a folder that changed is read again.
@@ -192,10 +216,12 @@ def scan(folder: str, root: int) -> Iterator[os.DirEntry[str]]:
         for _ in range(_SCANS):
             began_ns, changed_ns = time.time_ns(), os.fstat(fd).st_mtime_ns
             with os.scandir(fd) as entries:
-                for entry in entries:
-                    if entry.name not in seen:
-                        seen.add(entry.name)
-                        yield entry
+                fresh = [entry for entry in entries if entry.name not in seen]
+            if durable and is_young(fd):
+                _flush(fd)
+            for entry in fresh:
+                seen.add(entry.name)
+                yield entry
             if os.fstat(fd).st_mtime_ns == changed_ns < began_ns - _TICK_NS:
                 return
     finally:

@@ -157,13 +157,11 @@ class SQLiteConnector(Connector):
 
     def _create(self) -> None:
         with localfiles.mapped(str(self.path)):
-            missing = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(0o700, parents=True, exist_ok=True)
             if not self.path.exists():
                 # Names and keys are sealed, but who holds the file can attack the passphrase.
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            for folder in (self.path, *missing):
-                localfiles.sync_folder(str(folder.parent), None)
+            localfiles.sync_above(self.path.parent)
         with self._mapped(""):
             self._open(make=True)
 
