@@ -88,7 +88,7 @@ class AppendOnly:
         self._connector, self._attempts = connector, attempts
 
     async def put(self, wanted: Addition, arrival: Arrival, owner: str, *, if_absent: bool) -> None:
-        """Add an object that comes in; nothing is ever replaced, but for a lease of one's own.
+        """Add an object that comes in; nothing is ever replaced, but for a lease of one's own unless `if_absent`.
 
         :raises NoRight: if it is not what its name says, or of somebody else's attempt
         :raises AlreadyExists: if the name is taken, other than by the same pack
@@ -149,16 +149,16 @@ class AppendOnly:
 
     async def _put_lease(self, wanted: Addition, body: memoryview, owner: str, *, if_absent: bool) -> None:
         known = await to_thread.run_sync(self._attempts.owner, wanted.attempt)
-        if known:
-            _check_same(wanted, known, owner)
-            await self._connector.put(wanted.name, [body], if_absent=if_absent)
-            return
         # Nobody's as far as this server knows. It may be of one who writes past the server, or whose token was used
-        # long ago: then something of it is there.
-        if await self._leaves_traces(wanted.attempt):
-            raise _others(wanted)
-        _check_same(wanted, await to_thread.run_sync(self._attempts.bind, wanted.attempt, owner), owner)
-        await self._connector.put(wanted.name, [body], if_absent=True)
+        # long ago: then something of it is there. Or of one who was faster just now.
+        if not known and await self._leaves_traces(wanted.attempt):
+            await self._check_owner(wanted, owner)
+            known = owner
+        is_first = not known
+        if is_first:
+            known = await to_thread.run_sync(self._attempts.bind, wanted.attempt, owner)
+        _check_same(wanted, known, owner)
+        await self._connector.put(wanted.name, [body], if_absent=if_absent or is_first)
 
     async def _leaves_traces(self, attempt: str) -> bool:
         for name in (f"leases/{attempt}", f"snapshots/{attempt}"):

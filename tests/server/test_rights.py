@@ -14,6 +14,7 @@ from tests.server.serving import Raw, Serving, request
 from coffret.connectors.base import APPEND_ONLY, FULL, READ_ONLY, RIGHTS
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, PermissionRefused
 from coffret.engine import sealing
+from coffret.engine.creation import RACERS, put_race
 from coffret.engine.errors import CoffretError
 from coffret.engine.records import FORMAT_VERSION
 from coffret.engine.server.attempts import Attempts
@@ -141,6 +142,16 @@ class TestAppendOnly:
                 await connector.get(name)
             assert await connector.get(pack) == packed
             assert await connector.get(committed[0]) == committed[1]
+
+    async def test_of_its_own_leases_too_one_of_several_puts_wins(self, server: Serving) -> None:
+        """Or the storage would look to maintenance as one that lets writers take each other's names."""
+        async with server.connector(APPEND_ONLY) as connector:
+            name, body = sealed.lease(of := sealed.attempt())
+            assert await put_race(connector, name, [sealed.lease(of)[1] for _ in range(RACERS)]) == 1
+            await connector.put(name, [body])
+            with pytest.raises(AlreadyExists):
+                await connector.put(name, [sealed.lease(of)[1]], if_absent=True)
+            assert await connector.get(name) == body
 
     async def test_without_a_lease_nothing_of_an_attempt(self, server: Serving) -> None:
         of = sealed.attempt()
