@@ -131,7 +131,8 @@ class SQLiteConnector(Connector):
     def _open(self, *, make: bool = False) -> sqlite3.Connection:
         """The connection, opened at first use.
 
-        :raises NotFound: if there is no file: a disk that is not mounted must not look like an empty repository
+        :raises NotFound: if there is no file, or an empty one: a disk that is not mounted must not look like an empty
+            repository, and another process may be about to make one
         :raises NotStorage: if the file is something else
         """
         if self._connection is None:
@@ -142,11 +143,13 @@ class SQLiteConnector(Connector):
                 address, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )
             try:
-                found = connection.execute("pragma application_id").fetchone()[0]
-                if found != APPLICATION_ID and not (make and _is_empty(connection)):
-                    raise NotStorage(f"{self.path} is not a repository's file")
-                if found != APPLICATION_ID:
+                found = _look(connection)
+                if found is None and not make:
+                    raise NotFound(f"{self.path} is empty")
+                if found is None:
                     _make_tables(connection)
+                elif found != APPLICATION_ID:
+                    raise NotStorage(f"{self.path} is not a repository's file")
                 connection.execute("pragma synchronous=FULL")
                 connection.execute(f"pragma journal_size_limit={_WAL_KEPT_BYTES}")
             except BaseException:
@@ -271,10 +274,16 @@ class SQLiteConnector(Connector):
             raise kind(f"{where}: {error}") from error
 
 
-def _is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether a file is no database yet: somebody else's must not be made a repository."""
-    empty = connection.execute("select count(*) from sqlite_master").fetchone()[0] == 0
-    return bool(empty) and connection.execute("pragma application_id").fetchone()[0] == 0
+def _look(connection: sqlite3.Connection) -> int | None:
+    """Whose file it is; None if it is no database yet: somebody else's must not be made a repository."""
+    # Both at one moment: another process may be making it.
+    connection.execute("begin")
+    try:
+        tables = connection.execute("select count(*) from sqlite_master").fetchone()[0]
+        application: int = connection.execute("pragma application_id").fetchone()[0]
+    finally:
+        connection.execute("rollback")
+    return application if tables or application else None
 
 
 def _make_tables(connection: sqlite3.Connection) -> None:

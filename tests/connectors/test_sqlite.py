@@ -98,6 +98,18 @@ async def test_no_file_is_no_repository(path: Path) -> None:
     assert not path.exists()
 
 
+async def test_an_empty_file_is_no_repository_yet(path: Path) -> None:
+    """Another process may be about to make one."""
+    path.touch()
+    async with SQLiteConnector(path) as connector:
+        with pytest.raises(NotFound):
+            await connector.stat("config")
+        with pytest.raises(NotFound):
+            await connector.put("config", [b""])
+        await connector.create()
+        await connector.put("config", [b"1"])
+
+
 @pytest.mark.parametrize("what", ["text", "database", "folder"])
 async def test_what_is_something_else_is_left_alone(path: Path, what: str) -> None:
     if what == "text":
