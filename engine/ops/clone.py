@@ -188,6 +188,7 @@ class _Clone:
         async with anyio.create_task_group() as group:
             try:
                 await put()
+                await self._check_other(name)
                 group.start_soon(keep)
                 yield
             except Exception as error:
@@ -198,6 +199,17 @@ class _Clone:
                     await self._target.delete(name)
         if failure is not None:
             raise failure
+
+    async def _check_other(self, name: str) -> None:
+        """See that what was just put in the target is not in the source: one place may have several locations.
+
+        :raises UsageError: if it is
+        """
+        with suppress(NotFound):
+            await self._source.stat(name)
+            raise UsageError(
+                f"{self._target.location} is the repository itself, by another location", remedy="choose another place"
+            )
 
     async def _passes(self) -> None:
         for number in range(_PASSES):

@@ -16,6 +16,7 @@ import pytest
 from tests import fault_harness, test_storages
 from tests.fault_harness import Here, make_source, objects, put_in_place
 from tests.harness import ROOT, Program
+from tests.server.program import ServerProcess
 from tests.test_json import validate_all
 
 if TYPE_CHECKING:
@@ -195,6 +196,20 @@ def test_where_it_can_not_be(here: Here) -> None:
     other = home / "other"
     Here(home)("at", other, "create", "--no-encryption")
     assert "sync to" in here("clone", other, codes=(2,)).stderr
+
+
+def test_it_is_no_copy_of_itself(here: Here) -> None:
+    """Whatever the location: nobody must think that there is a copy."""
+    server = ServerProcess(here.home, "--no-auth")
+    server.start()
+    try:
+        before = stored(here.repository)
+        assert "is the repository itself" in here("clone", server.url, codes=(2,)).stderr
+        assert "is the repository itself" in here("at", server.url, "clone", here.repository, codes=(2,)).stderr
+    finally:
+        server.kill()
+    assert stored(here.repository) == before
+    assert not objects(here.repository, "leases")
 
 
 def test_a_passphrase_for_a_repository_without_encryption(tmp_path: Path) -> None:
