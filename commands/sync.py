@@ -13,6 +13,7 @@ import click
 from coffret.commands.line import EPILOG
 from coffret.commands.ls import iso_time
 from coffret.display import counted, paths_fields, printable
+from coffret.engine.opening import bare_storage, check_two
 from coffret.engine.settings import COMPRESSION_LEVELS
 from coffret.engine.units import parse_moment
 
@@ -69,6 +70,12 @@ def command(session: Session, /, words: tuple[str, ...], **given: Any) -> int:
 
     async def sync() -> int:
         writing = not given["dry_run"]
+        # What is no location at all is told before a passphrase is asked for.
+        async with (
+            bare_storage(session.location, session.options) as here,
+            bare_storage(peer, session.peer_options) as there,
+        ):
+            check_two(here, there)
         async with AsyncExitStack() as stack:
             ahead = "coffret.engine.ops.sync"
             mine = await stack.enter_async_context(session.repository(ahead, writing=writing and direction != "to"))

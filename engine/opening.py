@@ -157,6 +157,15 @@ async def bare_storage(url: str, options: OpenOptions | None = None) -> AsyncIte
         yield connector
 
 
+def check_two(mine: Connector, other: Connector) -> None:
+    """See that a peer is another repository, as far as its location tells.
+
+    :raises UsageError: if they are one and the same
+    """
+    if mine.location == other.location:
+        raise UsageError(f"{other.location} is the repository itself", remedy="give another as the peer")
+
+
 async def _config(connector: Connector, url: str) -> bytes:
     try:
         return await connector.peek(configuration.CONFIG_NAME, configuration.MAX_CONFIG_BYTES + 1)

@@ -15,6 +15,7 @@ from coffret.engine.attempt import Attempt
 from coffret.engine.errors import CoffretError, Damaged, LeaseLost, UsageError, reported
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
+from coffret.engine.opening import check_two
 from coffret.engine.pipeline import Limits
 from coffret.engine.records import ID_BYTES
 from coffret.engine.snapshot import Snapshot, load_whole
@@ -93,8 +94,7 @@ def check_pair(source: Repository, target: Repository) -> None:
 
     :raises UsageError: if they are one and the same, or cut so differently that blocks of one do not fit the other
     """
-    if source.connector.location == target.connector.location:
-        raise UsageError(f"{target.connector.location} is the repository itself", remedy="give another as the peer")
+    check_two(source.connector, target.connector)
     if source.config.chunker.max_bytes > target.config.chunker.max_bytes:
         raise UsageError(
             f"files in {source.connector.location} are cut into larger chunks than {target.connector.location} takes",

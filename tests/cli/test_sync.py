@@ -149,6 +149,13 @@ def test_failures(here: Here, tmp_path: Path, arguments: tuple[str, ...], code: 
     here("sync", *(argument.format(**places) for argument in arguments), codes=(code,))
 
 
+def test_what_can_be_no_peer_is_told_before_any_passphrase_is_wanted(here: Here) -> None:
+    without = Here(here.home)
+    for own in (here.repository, f"file://{here.repository}", here.repository / ".." / "repository"):
+        assert "is the repository itself" in without("sync", own, codes=(2,)).stderr
+    assert "not a known kind" in without("sync", "from", "ftp://x/y", codes=(2,)).stderr
+
+
 def test_passphrase_of_the_peer(here: Here, tmp_path: Path) -> None:
     other = peer(tmp_path)
     wrong = {"COFFRET_PEER_PASSPHRASE": "wrong"}
