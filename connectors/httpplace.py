@@ -57,7 +57,7 @@ def parse_location(url: str, options: Mapping[str, str]) -> Place:
     try:
         parts = urlsplit(url)
         scheme = parts.scheme.lower()
-        host, port = parts.hostname or "", parts.port or _PORTS[scheme]
+        host, port = parts.hostname or "", _PORTS[scheme] if parts.port is None else parts.port
     except ValueError as error:
         raise InvalidLocation(f"not a location: {error}; the form is {FORM}") from None
     if parts.username is not None or parts.password is not None:
@@ -71,7 +71,7 @@ def parse_location(url: str, options: Mapping[str, str]) -> Place:
     path = unquote(parts.path).rstrip("/")
     segments = path.split("/")[1:]
     strange = any(s in ("", ".", "..") or not s.isprintable() for s in segments)
-    if not host or not re.fullmatch(r"[0-9A-Za-z._:%-]+", host) or parts.fragment or strange:
+    if not host or not port or not re.fullmatch(r"[0-9A-Za-z._:%-]+", host) or parts.fragment or strange:
         raise InvalidLocation(f"{url}: a served repository has the form {FORM}")
     if "ca" in chosen and scheme != "https":
         raise InvalidLocation("-o ca= is for https://")

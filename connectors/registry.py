@@ -30,7 +30,7 @@ SCHEMES = {
     "sftp": ("coffret.connectors.sftp", "sftp://[user@]host[:port]/path"),
     "sqlite": ("coffret.connectors.sqlite", "sqlite:///path/file.db"),
 }
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 
 
 def open_connector(url: str, options: Mapping[str, str]) -> Connector:
@@ -42,8 +42,13 @@ def open_connector(url: str, options: Mapping[str, str]) -> Connector:
     """
     match = _SCHEME.match(url)
     scheme = match[1].lower() if match else "file"
+    forms = ", ".join(form for _, form in SCHEMES.values() if form)
+    if match and not match[2]:
+        # Other programs write locations so: a folder of this name would be taken for a repository elsewhere.
+        if scheme in SCHEMES:
+            raise InvalidLocation(f"{url}: a repository is given as {forms}; a folder of this name is ./{url}")
+        scheme = "file"
     if scheme not in SCHEMES:
-        forms = ", ".join(form for _, form in SCHEMES.values() if form)
         raise InvalidLocation(f"{url}: {scheme}:// is not a known kind of repository; a repository is given as {forms}")
     opener: Callable[[str, Mapping[str, str]], Connector] = importlib.import_module(SCHEMES[scheme][0]).open_url
     return opener(url, options)

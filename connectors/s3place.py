@@ -49,7 +49,7 @@ def parse_location(url: str, options: Mapping[str, str]) -> Place:
     try:
         parts = urlsplit(url)
         scheme = parts.scheme.lower()
-        host, port = parts.hostname or "", parts.port or _PORTS[scheme]
+        host, port = parts.hostname or "", _PORTS[scheme] if parts.port is None else parts.port
     except ValueError as error:
         raise InvalidLocation(f"{url}: {error}; the form is {FORM}") from None
     chosen = dict(parse_qsl(parts.query, keep_blank_values=True)) | dict(options)
@@ -61,7 +61,8 @@ def parse_location(url: str, options: Mapping[str, str]) -> Place:
             "credentials don't belong into a URL: set S3_REPOSITORY_USER and S3_REPOSITORY_PASSWORD, or an AWS profile"
         )
     bucket, *segments = unquote(parts.path).strip("/").split("/")
-    if not host or not bucket or parts.fragment or any(s in ("", ".", "..") or not s.isprintable() for s in segments):
+    strange = any(s in ("", ".", "..") or not s.isprintable() for s in segments)
+    if not host or not port or not bucket or parts.fragment or strange:
         raise InvalidLocation(f"{url}: an S3 repository has the form {FORM}")
     aws = _AWS_HOST.fullmatch(host) if scheme == "s3" and port == _PORTS[scheme] else None
     authority = f"[{host}]" if ":" in host else host

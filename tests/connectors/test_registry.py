@@ -62,6 +62,21 @@ def test_an_unknown_kind_is_told_what_there_is(url: str) -> None:
         open_connector(url, {})
 
 
+@pytest.mark.parametrize("url", ["sftp:me@host:/srv", "s3:https://host/bucket", "sqlite:x.db", "File:/srv", "s3:"])
+def test_the_forms_of_other_programs_are_no_folders(url: str) -> None:
+    with pytest.raises(InvalidLocation, match=f"a folder of this name is ./{url}"):
+        open_connector(url, {})
+    assert path_of(f"./{url}").startswith(f"{os.getcwd()}/")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:0/", "https://host:0/", "s3://host:0/b", "s3+http://host:0/b", "sftp://host:0/x"]
+)
+def test_no_server_listens_at_port_0(url: str) -> None:
+    with pytest.raises(InvalidLocation):
+        open_connector(url, {})
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_unknown_options_are_refused(scheme: str) -> None:
     with pytest.raises(InvalidLocation):
