@@ -211,17 +211,19 @@ def token(context: click.Context) -> None:
 
 
 @token.command("add", "Make a token, and print it once: what is kept of it can't be turned back.")
-@click.option("--read-only", "right", flag_value="read-only", help="It may read: list, check, restore, copy from here.")
-@click.option("--append-only", "right", flag_value="append-only", help="It may read, and add backups; change nothing.")
-@click.option("--full", "right", flag_value="full", help="It may do everything: create, remove, maintain.")
+@click.option("--read-only", is_flag=True, help="It may read: list, check, restore, copy from here.")
+@click.option("--append-only", is_flag=True, help="It may read, and add backups; change nothing.")
+@click.option("--full", is_flag=True, help="It may do everything: create, remove, maintain.")
 @click.option("--label", default="", metavar="TEXT", help="What to know it by: whose it is.")
 @click.pass_obj
-def add(session: Session, right: str | None, label: str) -> int:
+def add(session: Session, /, label: str, **rights: bool) -> int:
     """Make a token."""
-    if right is None:
+    given = [name.replace("_", "-") for name, is_given in rights.items() if is_given]
+    if len(given) != 1:
         raise UsageError(
             "what may the token do?", remedy="say --read-only, --append-only (for backups of another host) or --full"
         )
+    [right] = given
 
     async def run() -> int:
         made, text = (await _tokens(session)).add(right, label)

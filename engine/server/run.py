@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -75,7 +77,8 @@ def parse_address(text: str) -> Address:
     :raises UsageError: if it is none of this machine's
     """
     found = _LISTEN.fullmatch(text)
-    if found is None or int(found[2] or 0) > 65535:
+    # A number would be taken for an address: 8471 for 0.0.33.23.
+    if found is None or found[1].isdecimal() or int(found[2] or 0) > 65535:
         remedy = "write it as in 127.0.0.1:8471 or [::1]:8471"
         raise UsageError(f"--listen wants HOST:PORT, not {text!r}", remedy=remedy)
     host, port = found[1].strip("[]"), int(found[2] or DEFAULT_PORT)
@@ -156,8 +159,10 @@ async def _listening(
             connections, list(address.addresses), address.port, backlog=_BACKLOG, **tls
         )
     except OSError as error:
+        # Of several addresses, none of which is this machine's, asyncio names no number.
+        reason = os.strerror(error.errno or errno.EADDRNOTAVAIL)
         raise CoffretError(
-            f"can't listen on {address.host}:{address.port}: {error.strerror or error}",
+            f"can't listen on {address.host}:{address.port}: {reason}",
             remedy="end what listens there, or choose another address with --listen",
         ) from None
     try:

@@ -194,12 +194,14 @@ class TestRefusals:
             (("--listen", "0.0.0.0:0", "--no-auth", "--insecure"), "--no-auth is for"),
             (("--listen", "nonsense:port"), "HOST:PORT"),
             (("--listen", "127.0.0.1:99999"), "HOST:PORT"),
+            (("--listen", "8471"), "HOST:PORT"),
             (("--listen", "no-such-host.invalid:1"), "an address of this machine"),
             (("--listen", "192.0.2.1:1", "--insecure", "--memory", "1M"), "64M at least"),
             (("--tls-cert", "/none"), "belong together"),
             (("--tls-cert", "/none", "--tls-key", "/none", "--no-auth"), "--tls-cert /none"),
             (("--no-auth", "--expect-id", "0" * 64), "no repository"),
             (("token", "add"), "--append-only"),
+            (("token", "add", "--append-only", "--full"), "what may the token do?"),
             (("token", "add", "--full", "--label", "a\nb"), "label"),
             (("token", "rm", "none"), "token list"),
             (("token",), "Missing command"),
@@ -220,7 +222,11 @@ class TestRefusals:
             taken.listen()
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             outcome = Program(tmp_path)("server", "--no-auth", "--listen", address, code=1)
+        assert f"can't listen on {address}: Address already in use (" in outcome.stderr
         assert "choose another address" in outcome.stderr
+        Program(tmp_path)("server", "token", "add", "--full")
+        outcome = Program(tmp_path)("server", "--insecure", "--listen", "192.0.2.1:1", code=1)
+        assert "can't listen on 192.0.2.1:1: Cannot assign requested address (" in outcome.stderr
 
     def test_a_client_elsewhere_without_tls(self, tmp_path: Path) -> None:
         program = client(tmp_path / "home", "http://192.0.2.1:1/", "coffret_secret")
