@@ -75,7 +75,7 @@ class IndexRepair:
         # Packs with all their blocks named; of others up to which offset an index object names all that they hold.
         self._named: set[bytes] = set()
         self._covered: dict[bytes, int] = {}
-        # Index objects of attempts that have ended.
+        # Index objects, of whatever attempts: one of an attempt that did not end keeps maintenance from work, too.
         self._unreadable: list[str] = []
         self._index: IndexWriter
 
@@ -119,9 +119,6 @@ class IndexRepair:
         They are read anew: the mirror remembers what is damaged now.
         """
         for info in await list_index(self._connector):
-            attempt = attempt_of(info.name)
-            if attempt not in self.attempt.commits.committed:
-                continue
             try:
                 data = await read_listed(self._connector, info, MAX_INDEX_BYTES)
                 index = await to_thread.run_sync(open_index, self._sealer, info.name, data)
@@ -130,6 +127,9 @@ class IndexRepair:
             except Damaged as error:
                 self._unreadable.append(info.name)
                 self._progress.note(f"can't be read, so what it named is named again: {error}")
+                continue
+            attempt = attempt_of(info.name)
+            if attempt not in self.attempt.commits.committed:
                 continue
             for table in index.packs:
                 if table.header[_ATTEMPT].hex() == attempt:

@@ -11,6 +11,7 @@ from tests import fault_harness
 from tests.attempts.storage import ONE_WORKER, restores
 from tests.fault_harness import contents, make_source, objects, put_in_place
 from tests.harness import Recorder
+from tests.server import sealed
 from tests.test_json import validate_all
 
 from coffret.connectors.errors import ConnectionLost
@@ -127,6 +128,18 @@ def test_a_damaged_index_object(tmp_path: Path) -> None:
     run("check")
     run("restore", "latest", "--to", tmp_path / "target")
     assert contents(tmp_path / "target") == contents(source)
+
+
+def test_an_index_object_that_nobody_with_a_key_wrote(tmp_path: Path) -> None:
+    """Whoever may add objects can put one, of an attempt of his own that never ends: maintenance waits for repair."""
+    run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path / "source", large_bytes=1 << 20)
+    run("backup", source, "--workers", "1")
+    name, body = sealed.index(sealed.attempt())
+    (run.repository / name).write_bytes(body)
+    assert "`coffret at REPO repair` helps" in run("maintenance", codes=(1,)).stderr
+    assert run("repair", "index", "--json").summary["dropped_objects"] == [name]
+    run("maintenance")
+    run("check")
 
 
 async def test_only_ends_are_read(storage: Storage, source: Path) -> None:
