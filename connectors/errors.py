@@ -8,7 +8,8 @@ ConnectorError
 ├── InvalidLocation     a location or option no connector understands
 ├── StorageFull         no space left
 ├── PermissionRefused   the storage says no
-│   └── RightMissing    the token is for less than this
+│   ├── RightMissing    the token is for less than this
+│   └── AccessDenied    it does not let us in; the message says what to do
 ├── NotStorage          the place is something else (a file, a folder with other content)
 └── TransientError      worth trying again
     └── ConnectionLost  the answer never came
@@ -51,6 +52,10 @@ class PermissionRefused(ConnectorError):
 
 class RightMissing(PermissionRefused):
     """The token that was shown gives the right to less than this."""
+
+
+class AccessDenied(PermissionRefused):
+    """The storage does not let us in with what we have, or we do not trust it; the message says what to do."""
 
 
 class NotStorage(ConnectorError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from coffret.connectors import neterrors
 from coffret.connectors.errors import (
+    AccessDenied,
     ConnectorError,
     InvalidLocation,
     NotStorage,
@@ -48,9 +49,9 @@ def refused(where: str, status: int, word: str, message: str, token_source: str)
         kind, text = _PROXIES.get(status, (NotStorage, "no coffret server answers there"))
         return kind(f"{where}: {text} (HTTP {status})")
     if refusal == TOKEN:
-        return PermissionRefused(f"{where}: {_about_token(token_source)}")
+        return AccessDenied(f"{where}: {_about_token(token_source)}")
     if refusal == TRIES:
-        return PermissionRefused(f"{where}: {_about_token(token_source)}; there were too many tries: wait a minute")
+        return AccessDenied(f"{where}: {_about_token(token_source)}; there were too many tries: wait a minute")
     if refusal == RIGHT and not message:  # HEAD
         message = "the token does not give the right to do this"
     if refusal == REQUEST and not message:
@@ -86,4 +87,5 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    text = str(getattr(error, "message", "") or error) or type(error).__name__
+    return text.splitlines()[0].rstrip(":")[:200]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from coffret.connectors.errors import InvalidLocation, PermissionRefused
+from coffret.connectors.errors import AccessDenied, InvalidLocation
 from coffret.connectors.httpwire import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def read_token(place: Place) -> tuple[str, str]:
     return text, source
 
 
-def refuse_clear(place: Place, address: str) -> PermissionRefused:
+def refuse_clear(place: Place, address: str) -> AccessDenied:
     """The error for a server elsewhere that is to be spoken to without TLS."""
-    return PermissionRefused(
+    return AccessDenied(
         f"{place.location}: {address} is another host, and without TLS anyone on the way could read the token and use "
         "it: have it served with a certificate and use https://, or say --insecure if the way is safe"
     )

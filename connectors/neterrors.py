@@ -8,7 +8,7 @@ import ssl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, PermissionRefused
+from coffret.connectors.errors import AccessDenied, ConnectionLost, ConnectorError, InvalidLocation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +72,7 @@ def unreached(
 
 def _untrusted(cause: ssl.SSLError, where: str, clear: str) -> ConnectorError:
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return PermissionRefused(
+        return AccessDenied(
             f"{where}: the server's certificate is not trusted ({cause.verify_message}); if it is yours, name the PEM "
             "file of the authority that signed it: -o ca=/path/ca.pem"
         )

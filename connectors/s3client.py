@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from coffret.connectors import s3errors
-from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, PermissionRefused
+from coffret.connectors.errors import AccessDenied, ConnectionLost, ConnectorError, InvalidLocation
 from coffret.connectors.httpbody import Body, Watch, crc32_base64, sha256_hex
 from coffret.connectors.threads import Threads
 
@@ -148,12 +148,12 @@ class Client:
 def _credentials() -> tuple[str | None, str | None]:
     """User and password from the environment; None leaves it to the AWS chain.
 
-    :raises PermissionRefused: if only one of them is there
+    :raises AccessDenied: if only one of them is there
     """
     names = ("S3_REPOSITORY_USER", "S3_REPOSITORY_PASSWORD")
     user, password = (os.environ.get(name) or None for name in names)
     if (user is None) != (password is None):
-        raise PermissionRefused(f"{names[user is not None]} is not set, but {names[user is None]} is: both are needed")
+        raise AccessDenied(f"{names[user is not None]} is not set, but {names[user is None]} is: both are needed")
     return user, password
 
 

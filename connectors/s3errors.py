@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coffret.connectors import neterrors
 from coffret.connectors.errors import (
+    AccessDenied,
     AlreadyExists,
     ConnectionLost,
     ConnectorError,
@@ -50,20 +51,20 @@ _CODES: dict[str, tuple[type[ConnectorError], str]] = {
         ("InsufficientStorage", "QuotaExceeded", "InsufficientCapacity", "XMinioStorageFull"), (StorageFull, "")
     ),
     "XMinioAdminBucketQuotaExceeded": (StorageFull, ""),
-    **dict.fromkeys(("InvalidAccessKeyId", "XAdminUserNotFound"), (PermissionRefused, _KEY_UNKNOWN)),
+    **dict.fromkeys(("InvalidAccessKeyId", "XAdminUserNotFound"), (AccessDenied, _KEY_UNKNOWN)),
     "SignatureDoesNotMatch": (
-        PermissionRefused,
+        AccessDenied,
         f"the secret key is wrong ({_PASSWORD}, else that of the AWS profile or environment)",
     ),
     **dict.fromkeys(
         ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"),
-        (PermissionRefused, "the clocks of this machine and of the server differ too much: set them"),
+        (AccessDenied, "the clocks of this machine and of the server differ too much: set them"),
     ),
-    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), (PermissionRefused, _SESSION_OVER)),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), (AccessDenied, _SESSION_OVER)),
     **dict.fromkeys(("AccessDenied", "AllAccessDisabled"), (PermissionRefused, "the access key may not do this")),
     **dict.fromkeys(
         ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"),
-        (PermissionRefused, "the bucket is in another region: name it with -o region="),
+        (AccessDenied, "the bucket is in another region: name it with -o region="),
     ),
     **dict.fromkeys(
         (
@@ -103,7 +104,7 @@ KINDS: dict[str, type[ConnectorError]] = {
             *("NoAuthTokenError", "TokenRetrievalError", "UnknownTokenProviderError", "SSOError", "LoginError"),
             *("RefreshWithMFAUnsupportedError", "MetadataRetrievalError"),
         ),
-        PermissionRefused,
+        AccessDenied,
     ),
     **dict.fromkeys(
         (
@@ -125,7 +126,7 @@ KINDS: dict[str, type[ConnectorError]] = {
     **dict.fromkeys(("InvalidURL", "NonHttpUrlClientError", "RedirectClientError"), InvalidLocation),
     **dict.fromkeys(("ClientResponseError", "HttpProcessingError"), NotStorage),
     "ClientHttpProxyError": TransientError,
-    "ServerFingerprintMismatch": PermissionRefused,
+    "ServerFingerprintMismatch": AccessDenied,
     "ClientError": ConnectorError,
     # Python
     **dict.fromkeys(("OSError", "EOFError"), ConnectionLost),
@@ -156,6 +157,8 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
     if found is ConnectorError:
         # The library wraps what it does not know itself: the cause says more.
         found = next((kind for cause in chain if (kind := kind_of(type(cause))) not in (None, ConnectorError)), found)
+    if found is AccessDenied:  # no credentials were found, or none that hold
+        return AccessDenied(f"{where}: {reason_of(chain)}: set {_USER} and {_PASSWORD}, or see to the AWS profile")
     return None if found is None else found(f"{where}: {reason_of(chain)}")
 
 

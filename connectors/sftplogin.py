@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
 
-from coffret.connectors.errors import ConnectionLost, ConnectorError, InvalidLocation, NotStorage, PermissionRefused
+from coffret.connectors.errors import AccessDenied, ConnectionLost, ConnectorError, InvalidLocation, NotStorage
 from coffret.connectors.sftperrors import kind_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Login:
     async def connect(self) -> asyncssh.SSHClientConnection:
         """Open a connection.
 
-        :raises PermissionRefused: if the host key is not known, or the server refuses this user
+        :raises AccessDenied: if the host key is not known, or the server refuses this user
         :raises InvalidLocation: if there is no such host
         :raises ConnectionLost: if nobody answers
         """
@@ -141,11 +141,11 @@ class Login:
 
         where = str(self.address)
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
-            return PermissionRefused(f"{where}: {self.key_refusal or error.reason}")
+            return AccessDenied(f"{where}: {self.key_refusal or error.reason}")
         if isinstance(error, asyncssh.PermissionDenied):
             tried = ", ".join(self.tried) or "no key, and there is no agent"
             asked = "a password too" if any(self._passwords.values()) else "no password (there is no terminal)"
-            return PermissionRefused(
+            return AccessDenied(
                 f"{where}: the server lets nobody in by what was tried: {tried}; {asked}. "
                 f"See whether `ssh {self.address.as_arguments}` does; encrypted keys are taken from the agent (ssh-add)"
             )

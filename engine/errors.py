@@ -160,6 +160,8 @@ def _translated(error: BaseException) -> CoffretError | None:
         return NoRepository(str(error))
     if isinstance(error, connector_errors.RightMissing):
         return StorageError(str(error), remedy=OTHER_TOKEN)
+    if isinstance(error, connector_errors.AccessDenied):
+        return StorageError(str(error))
     if isinstance(error, connector_errors.PermissionRefused):
         return StorageError(str(error), remedy="check the permissions of the storage")
     if isinstance(error, connector_errors.ConnectorError):

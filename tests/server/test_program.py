@@ -234,6 +234,18 @@ class TestRefusals:
         assert "--insecure" in outcome.stderr
         assert "secret" not in outcome.stderr
 
+    def test_who_is_not_let_in_is_told_what_to_do_and_nothing_else(self, tmp_path: Path) -> None:
+        server = ServerProcess(tmp_path / "host")
+        server.token("full")
+        server.start()
+        try:
+            for token, said in (("", "set COFFRET_SERVER_TOKEN"), ("coffret_x", "server token add")):
+                told = client(tmp_path / "home", server.url, token)("ls", code=1).stderr
+                assert said in told
+                assert "permissions" not in told
+        finally:
+            server.kill()
+
     def test_tokens_are_for_their_owner_alone(self, tmp_path: Path) -> None:
         program = Program(tmp_path)
         added = program("server", "token", "add", "--append-only", "--label", "web 1", "--json").summary

@@ -279,6 +279,18 @@ class TestOtherServers:
                         await call()
                     assert type(raised.value) is kind, raised.value
 
+    async def test_another_protocol_is_told_in_one_line(self) -> None:
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(greet, "127.0.0.1", 0) as other:
+            connector = open_connector(f"http://127.0.0.1:{other.sockets[0].getsockname()[1]}", {})
+            async with connector:
+                with pytest.raises(NotStorage, match=r"is no coffret server \(Bad status line\)$"):
+                    await connector.create()
+
     async def test_nobody_answers(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ from tests.connectors.s3_server import CREDENTIALS, S3Server, shared_server
 from tests.connectors.test_conformance import listed
 
 from coffret.connectors.errors import (
+    AccessDenied,
     ConnectorError,
     InvalidLocation,
     PermissionRefused,
@@ -109,7 +110,7 @@ class TestCredentials:
             async with server.connector(bucket, credentials=None) as other:
                 return await listed(other)
 
-        with pytest.raises(PermissionRefused, match="credentials"):
+        with pytest.raises(AccessDenied, match="credentials: set S3_REPOSITORY_USER and S3_REPOSITORY_PASSWORD"):
             await look()
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", CREDENTIALS[0])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CREDENTIALS[1])
