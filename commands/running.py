@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import getpass
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -44,6 +46,7 @@ PEER_PREFIX = "COFFRET_PEER_PASSPHRASE"
 # Commands that, interrupted, go on where they were when they are run again.
 _TAKEN_UP = ("backup", "push", "clone", "sync")
 _SWITCH_S = 0.0005
+_TOLD_EVERY_S = 1.0
 _GC_THRESHOLD = 50_000
 
 
@@ -57,6 +60,8 @@ class Session:
         self._check_passphrase = ""
         # What is imported while the key is derived.
         self._ahead: Sequence[str] = ()
+        # When it was last told that something is tried again.
+        self._retry_told_s = -math.inf
 
     @property
     def location(self) -> str:
@@ -101,7 +106,11 @@ class Session:
         return replace(self.options, connector={}, expect_id=None, expect_state=None, encrypted_only=encrypted_only)
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
-        self.display.note(f"{what} is tried again: {error}")
+        """Tell of it, once a second at most: many transfers fail together."""
+        now_s = time.monotonic()
+        if now_s - self._retry_told_s >= _TOLD_EVERY_S:
+            self._retry_told_s = now_s
+            self.display.note(f"{what} is tried again: {error}")
 
     @asynccontextmanager
     async def repository(

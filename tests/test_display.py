@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from rich.cells import cell_len
 from tests import terminal
 from tests.harness import ROOT, Program, Recorder, repository
 
+from coffret.commands.line import Globals
+from coffret.commands.running import Session
+from coffret.connectors.errors import ConnectionLost
 from coffret.display import Display, counted, cut_left, path_fields, paths_fields, printable, progress_lines
 from coffret.engine.progress import Progress
 
@@ -240,3 +244,15 @@ def test_check_and_restore(program: Program, tmp_path: Path) -> None:
         assert shown.end() == 0
         [line] = shown.screen
         assert line.endswith("completed successfully")
+
+
+def test_many_calls_that_fail_together_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = iter((0.0, 0.1, 0.9, 1.0, 1.2))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
+    session = Session("ls", Globals())
+    for number in range(5):
+        session._retrying(f"get {number}", ConnectionLost("refused"))
+    told = [f"ls: note: get {number} is tried again: refused" for number in (0, 3)]
+    assert capsys.readouterr().err.splitlines() == told
