@@ -83,7 +83,10 @@ def _translated(error: Exception, where: str, reached: bool) -> ConnectorError |
         return None
     if found is NotStorage:
         return NotStorage(f"{where}: what answers there is no coffret server ({_first_line(error)})")
-    return found(f"{where}: {reason_of(chain)}")
+    hint = ""
+    if type(error).__name__ == "ServerDisconnectedError" and not reached and where.startswith("http://"):
+        hint = "; if the server speaks TLS, it is https://"
+    return found(f"{where}: {reason_of(chain)}{hint}")
 
 
 def _first_line(error: Exception) -> str:

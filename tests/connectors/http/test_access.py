@@ -243,7 +243,7 @@ class TestCertificates:
             with pytest.raises(InvalidLocation, match="http://"):
                 await connector.create()
         async with open_connector(f"http://127.0.0.1:{encrypted.port}", {}) as connector:
-            with pytest.raises(ConnectorError):
+            with pytest.raises(ConnectionLost, match="https://"):
                 await connector.create()
 
 
