@@ -118,8 +118,9 @@ async def sync(
     if snapshots:
         await source.commits()  # and with that, where chunks lie
         progress.phase = "sync"
-        progress.files_total = sum(snapshot.header.counts.files for snapshot in snapshots)
-        progress.size_total = sum(snapshot.header.counts.size_bytes for snapshot in snapshots)
+        # What was counted by now is of the other direction.
+        progress.files_total = progress.files + sum(snapshot.header.counts.files for snapshot in snapshots)
+        progress.size_total = progress.size_bytes + sum(snapshot.header.counts.size_bytes for snapshot in snapshots)
         opened: Opened = {}
         async with SyncIds(source, target) as ids:
             for snapshot in snapshots:

@@ -46,6 +46,17 @@ async def test_the_same_snapshot(source: Path, tmp_path: Path, from_encrypted: b
     assert not (await sync(await b.open(), await a.open())).copied
 
 
+async def test_both_ways_nothing_is_more_than_all(source: Path) -> None:
+    a, b = Side.made(), Side.made()
+    progress = Progress()
+    for side in (a, b):
+        await side.backup(source)
+    mine, other = await a.open(), await b.open()
+    for leg in ((mine, other), (other, mine)):
+        await sync(*leg, progress=progress)
+        assert (progress.files, progress.size_bytes) == (progress.files_total, progress.size_total)
+
+
 async def test_what_a_later_version_has_added_to_a_snapshot(source: Path) -> None:
     """Fields of the header that are not known here are there in the copy, too."""
     a, b = Side.made(), Side.made()
