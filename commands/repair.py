@@ -76,7 +76,11 @@ def index(session: Session, everything: bool, dry_run: bool, exclusive: bool) ->
 )
 @click.argument("snapshots", nargs=-1, metavar="[SNAPSHOT]...")
 @click.option("--fast", is_flag=True, help="Go by the index, and by existence and size of packs; do not read them.")
-@click.option("--forget", is_flag=True, help="Remove the damaged ones, each when the other is there.")
+@click.option(
+    "--forget",
+    is_flag=True,
+    help="Remove the damaged ones, each when the other is there; give up those of which nothing can be read.",
+)
 @click.option("--dry-run", is_flag=True, help="Tell what is lost; store nothing.")
 @click.pass_obj
 def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, forget: bool, dry_run: bool) -> int:
@@ -107,15 +111,18 @@ def snapshots_(session: Session, snapshots: tuple[str, ...], fast: bool, forget:
         session.display.summary(
             f"repair: {counted(len(summary.damaged), 'snapshot')} of {summary.snapshots:,}"
             f" {'is' if len(summary.damaged) == 1 else 'are'} damaged, {len(summary.repaired):,} repaired"
-            + (f", {len(summary.removed):,} removed" if forget else ""),
+            + (f", {len(summary.removed):,} removed" if forget else "")
+            + (f"; {counted(len(summary.given_up), 'unreadable object')} given up" if summary.given_up else ""),
             snapshots=summary.snapshots,
             damaged_snapshots=[each.id for each in summary.damaged],
             repaired=len(summary.repaired),
             hopeless_snapshots=summary.hopeless,
             removed_snapshots=summary.removed,
+            unreadable_objects=summary.unreadable,
+            given_up_objects=summary.given_up,
             dry_run=dry_run,
             duration_s=session.display.elapsed_s,
         )
-        return PARTLY if summary.hopeless else 0
+        return PARTLY if summary.hopeless or summary.unreadable else 0
 
     return session.run(run, progress=True)

@@ -70,9 +70,11 @@ class Scene:
             if tries_left and (not self.whole or await self.moved()):
                 continue  # what was listed and is gone was replaced
             name, reason = bad[0]
+            what = "index" if name.startswith("index/") else "snapshots --forget"
             raise Damaged(
                 f"nothing can be removed while {name} can't be read: {reason.removeprefix(f'{name}: ')}",
-                remedy="`coffret at REPO check` tells what else is damaged, `coffret at REPO repair` helps with it",
+                remedy=f"put it back if you have it elsewhere, or give it up by `coffret at REPO repair {what}`;"
+                " `coffret at REPO check` tells what else is damaged",
             )
         self.index = await list_objects(connector, "index/")
         self.packs = await PackList.listed(connector)

@@ -136,6 +136,10 @@ class Repository:
         self._expected_state = None
         await self._watch.add(snapshot)
 
+    async def seen_as(self, name: str) -> list[tuple[bytes, bytes]]:
+        """(id, attempt) of the snapshot that this user saw in an object of snapshots/, if any."""
+        return await self._watch.seen_as(name)
+
     def state_of(self, snapshots: Sequence[Snapshot]) -> str:
         """The state of the repository with these snapshots, as `--expect-state` takes it."""
         return state_of((snapshot.header.snapshot_id for snapshot in snapshots), self.secrets.id_key)

@@ -128,6 +128,11 @@ class Watch:
         await to_thread.run_sync(change_seen, self._path, shown, removed, accept)
         return Rollback(_ids(absent - removed), _ids(back))
 
+    async def seen_as(self, name: str) -> list[Pair]:
+        """What an object of snapshots/ was when it could be read: one snapshot, or nothing."""
+        seen = await to_thread.run_sync(read_seen, self._path) if self._path is not None else Seen()
+        return [pair for pair in seen.live if snapshot_name(pair[1]) == name]
+
     async def add(self, snapshot: Snapshot) -> None:
         """Remember a snapshot that was just made."""
         if self._path is not None:

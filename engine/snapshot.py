@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +18,16 @@ from coffret.engine import sealing
 from coffret.engine.errors import CoffretError, Damaged
 from coffret.engine.flow import together
 from coffret.engine.objects import MAX_SNAPSHOT_BYTES, REMOVED, SNAPSHOTS, batches, list_objects, read_listed
-from coffret.engine.records import UNDECODABLE, End, SnapshotHeader, decode_end, decode_fields, decode_header, encode
+from coffret.engine.records import (
+    ATTEMPT_BYTES,
+    UNDECODABLE,
+    End,
+    SnapshotHeader,
+    decode_end,
+    decode_fields,
+    decode_header,
+    encode,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -222,6 +232,23 @@ async def load_commits(
         hidden=tuple(hidden),
         maintained=frozenset(maintained),
     )
+
+
+async def give_up(connector: Connector, sealer: Sealer, name: str) -> bool:
+    """Put a tombstone over an object of snapshots/ that can't be read; False if it can be, or is gone.
+
+    Whatever it was: index objects of its attempt are void from now on, so others must name what they name.
+    """
+    try:
+        info = await connector.stat(name)
+        _open(sealer, name, await _read_end(connector, info))
+    except NotFound:
+        return False
+    except Damaged:
+        tombstone = encode(End("revoked", time.time_ns()))
+        await connector.put(name, [sealer.seal(sealing.END, name, os.urandom(ATTEMPT_BYTES), tombstone)])
+        return True
+    return False
 
 
 async def _read_end(connector: Connector, info: ObjectInfo) -> bytes:

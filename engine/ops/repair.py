@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from coffret.engine.errors import Damaged, LeaseLost, reported
 from coffret.engine.ops.check import Checking, CheckOptions
 from coffret.engine.ops.rm import remove
+from coffret.engine.removal import put_removal, removal_here
 from coffret.engine.repair_index import IndexRepair, IndexRepairOptions, IndexRepairSummary
 from coffret.engine.repair_snapshot import Repaired, SnapshotRepair
 from coffret.engine.rights import need
+from coffret.engine.snapshot import give_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,8 +76,9 @@ def _go_on(error: Exception, tries_left: int, progress: Progress) -> None:
 class SnapshotRepairOptions:
     """How deep to look. `fast`: go by the index, and by existence and size of packs, and read none.
 
-    `forget`: remove the damaged ones, once what is whole in them is in others. `dry_run`: only tell what is lost.
-    `workers`: how many processes verify packs; None for what was measured best.
+    `forget`: remove the damaged ones, once what is whole in them is in others, and give up what stands in snapshots/
+    and can't be read. `dry_run`: only tell what is lost. `workers`: how many processes verify packs; None for what was
+    measured best.
     """
 
     fast: bool = False
@@ -88,7 +91,7 @@ class SnapshotRepairOptions:
 class SnapshotRepairSummary:
     """What was found and done. `hopeless`: damaged snapshots of which nothing can be read; `removed`: those that were.
 
-    Both by id.
+    Both by id. `unreadable`: names of objects in snapshots/ that can't be read; `given_up`: those that were.
     """
 
     snapshots: int = 0
@@ -96,6 +99,8 @@ class SnapshotRepairSummary:
     repaired: list[Repaired] = field(default_factory=list)
     hopeless: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
 
 
 async def repair_snapshots(
@@ -131,7 +136,38 @@ async def repair_snapshots(
         if repaired is not None:
             summary.repaired.append(repaired)
             await _forget(repository, snapshot, options, summary)
+    if snapshots is None and commits.damaged:
+        await _give_up(repository, [name for name, _ in commits.damaged], options, progress, summary)
     return summary
+
+
+async def _give_up(
+    repository: Repository,
+    names: Sequence[str],
+    options: SnapshotRepairOptions,
+    progress: Progress,
+    summary: SnapshotRepairSummary,
+) -> None:
+    """Give up what can't be read, if so asked: as long as it stands there, nothing can be removed.
+
+    It may be a snapshot, or the tombstone of an attempt that must not be believed. So all packs that it may have named
+    are named anew first, as far as they are there.
+    """
+    if not options.forget or options.dry_run:
+        for name in names:
+            progress.note(f"{name} can't be read, and nothing can be removed while it is there; --forget gives it up")
+        summary.unreadable += names
+        return
+    if (await repair_index(repository, IndexRepairOptions(), progress)).left:
+        progress.note("what can't be read is not given up while packs are marked for removal: run `repair index` first")
+        summary.unreadable += names
+        return
+    for name in names:
+        if await give_up(repository.connector, repository.sealer, name):
+            summary.given_up.append(name)
+            for snapshot_id, attempt in await repository.seen_as(name):  # so that nobody misses it
+                await put_removal(repository.connector, repository.sealer, snapshot_id, attempt, removal_here())
+    repository.forget_commits()
 
 
 async def _forget(

@@ -136,7 +136,7 @@ def test_an_index_object_that_nobody_with_a_key_wrote(tmp_path: Path) -> None:
     run("backup", source, "--workers", "1")
     name, body = sealed.index(sealed.attempt())
     (run.repository / name).write_bytes(body)
-    assert "`coffret at REPO repair` helps" in run("maintenance", codes=(1,)).stderr
+    assert "`coffret at REPO repair index`" in run("maintenance", codes=(1,)).stderr
     assert run("repair", "index", "--json").summary["dropped_objects"] == [name]
     run("maintenance")
     run("check")

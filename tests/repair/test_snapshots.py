@@ -309,6 +309,47 @@ def test_the_program(tmp_path: Path) -> None:
     assert run("repair", "snapshots").stdout.startswith("repair: 0 snapshots of ")
 
 
+@pytest.mark.parametrize("what", ["a snapshot", "of nobody"])
+def test_an_end_that_can_t_be_read(tmp_path: Path, what: str) -> None:
+    """Nothing can be removed while it stands there. It can be given up, and all that others need is still found."""
+    run = fault_harness.create(tmp_path)
+    source = make_source(tmp_path / "source", large_bytes=1 << 20)
+    run("backup", source, "--workers", "1")
+    [first] = objects(run.repository, "snapshots")
+    (source / "more").write_bytes(b"more")
+    kept = run("backup", source, "--workers", "1", "--json").summary["snapshot_id"]
+    if what == "a snapshot":
+        flip_bit(first, 100)
+        bad = first
+    else:
+        bad = first.with_name(os.urandom(16).hex())
+        bad.write_bytes(first.read_bytes())
+    run("check", codes=(4,))
+    outcome = run("maintenance", codes=(1,))
+    assert f"snapshots/{bad.name}" in outcome.stderr and "repair snapshots --forget" in outcome.stderr
+    outcome = run("repair", "snapshots", codes=(3,))
+    assert f"snapshots/{bad.name} can't be read" in outcome.stderr and "--forget gives it up" in outcome.stderr
+    dry = run("repair", "snapshots", "--forget", "--dry-run", "--json", codes=(3,))
+    assert validate_all(dry, "item of repair snapshots", "summary of repair snapshots")[-1]["unreadable_objects"] == [
+        f"snapshots/{bad.name}"
+    ]
+    run("check", codes=(4,))
+    outcome = run("repair", "snapshots", "--forget", "--json")
+    messages = validate_all(outcome, "item of repair snapshots", "summary of repair snapshots")
+    assert messages[-1]["given_up_objects"] == [f"snapshots/{bad.name}"]
+    run("--no-cache", "check")
+    listed = [each["snapshot_id"] for each in run("ls", "--json").of_type("item")]
+    if what == "of nobody":
+        run("rm", *(each for each in listed if each != kept))
+    else:
+        assert listed == [kept]
+    for _ in range(3):
+        run("maintenance", "--grace", "0s")
+    run("--no-cache", "check")
+    run("restore", kept, "--to", tmp_path / "target")
+    assert contents(tmp_path / "target") == contents(source)
+
+
 def test_nothing_can_be_read(tmp_path: Path) -> None:
     """Without the root of its catalog a snapshot is lost, and the others are not."""
     run, source = fault_harness.create(tmp_path, encrypted=False), make_source(tmp_path / "source", large_bytes=1 << 20)
