@@ -10,7 +10,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint types bench fuzz damage clean
+.PHONY: help venv demo test lint types bench fuzz damage crash load clean
 
 help:
 	@echo 'make demo    back up, check and restore a real directory, and show each command'
@@ -18,6 +18,7 @@ help:
 	@echo 'make lint    ruff and import-linter;  make types: mypy'
 	@echo 'make bench   measure, beside other backup programs where they are installed'
 	@echo 'make fuzz    minutes of odd bytes for every parser;  make damage: ten minutes of damage to every object'
+	@echo 'make crash   an hour of deaths at every call and power losses;  make load: ten minutes of clients and maintenance'
 	@echo 'make venv    only install, into $(VENV): $(BIN)/coffret is the program'
 	@echo 'make clean   remove $(VENV) and everything else that was made here'
 
@@ -47,6 +48,12 @@ fuzz: $(VENV)/.installed-test
 
 damage: $(VENV)/.installed-test
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.damage $(or $(TIME_S),600)
+
+crash: $(VENV)/.installed-test
+	PYTHONPATH=.pkg:. $(BIN)/python -m tests.crash $(or $(TIME_S),3600)
+
+load: $(VENV)/.installed-test
+	$(BIN)/python -m bench.load --storage $(or $(STORAGE),local) --seconds $(or $(TIME_S),600)
 
 clean:
 	rm -rf $(VENV) build dist .pkg/*.egg-info engine/_*.c engine/_*.so
