@@ -34,6 +34,7 @@ def die() -> None:
 def replace(owner: Any, **parts: Any) -> None:
     """Give a module or class other parts, for as long as this process lives."""
     for name, part in parts.items():
+        assert hasattr(owner, name), name
         setattr(owner, name, part)
 
 
@@ -48,7 +49,7 @@ def cut_file(connector: Connector, method: str) -> None:
         os.write(fd, data[: len(data) // 2])
         die()
 
-    replace(localfiles, write_durably=write)
+    replace(localfiles, write=write)
     if method == "create":
         replace(local, os=_Folders())
 

@@ -29,7 +29,7 @@ WORK = {
     "passphrase change": {"put keys", "delete keys"},
     "repair snapshots": {"put packs", "put index", "put snapshots", "put removed"},
 }
-MANY_CALLS = 12
+MANY_CALLS = 8
 
 
 @pytest.mark.parametrize("kind", HALVES)
