@@ -6,18 +6,17 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.attempts.storage import ONE_WORKER
 from tests.harness import Program, Recorder
 from tests.maintenance.oracle import Oracle
-from tests.maintenance.scenery import PIECES, small_storage
+from tests.maintenance.scene import Scene
+from tests.maintenance.scenery import PIECES
 from tests.test_json import validate_all
 
 from coffret.engine.maintenance_marks import list_marks, read_mark
-from coffret.engine.ops.maintenance import MaintenanceOptions, MaintenanceSummary, maintain
+from coffret.engine.ops.maintenance import MaintenanceOptions
 from coffret.engine.ops.repair import IndexRepairOptions, repair_index
 from coffret.engine.ops.rm import remove
 from coffret.engine.packfile import pack_name
-from coffret.engine.stream import StreamSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,46 +24,8 @@ if TYPE_CHECKING:
     from tests.attempts.storage import Storage
 
     from coffret.engine.repository import Repository
-    from coffret.engine.snapshot import Snapshot
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("closed_mirrors")]
-
-NOW = MaintenanceOptions(grace_s=0)
-
-
-class Scene:
-    """A repository in memory with snapshots of pieces, and a user of it, with a mirror that remembers."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.storage, self.now_s = home, small_storage(), 1.8e9
-        self.storage.memory.clock = lambda: self.now_s
-        self.recorder = Recorder()
-        self.opened: Repository
-
-    async def begin(self, *snapshots: slice) -> Scene:
-        self.opened = await self.storage.open()
-        for pieces in snapshots:
-            await self.back_up(pieces)
-        return self
-
-    async def back_up(self, pieces: slice) -> None:
-        content = self.home / "content"
-        content.write_bytes(b"".join(PIECES[pieces]))
-        await self.opened.backup(StreamSource(b"stream", f"cat {content}"), ONE_WORKER)
-
-    async def snapshots(self) -> list[Snapshot]:
-        return (await self.opened.commits()).snapshots
-
-    async def maintain(self, options: MaintenanceOptions = NOW) -> MaintenanceSummary:
-        self.recorder = Recorder()
-        return await maintain(self.opened, options, self.recorder)
-
-    async def restored(self, snapshot: Snapshot) -> bytes | None:
-        """The content of a snapshot; None if it does not restore."""
-        target = self.home / f"restored{self.now_s}"
-        self.now_s += 1
-        summary = await (await self.storage.open()).restore(snapshot, bytes(target))
-        return None if summary.errors else (target / "stream").read_bytes()
 
 
 async def marked_packs(storage: Storage, opened: Repository) -> list[str]:

@@ -6,71 +6,23 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.attempts.storage import ONE_WORKER, Storage
-from tests.maintenance.oracle import Oracle
-from tests.maintenance.scenery import PIECES, small_storage
+from tests.attempts.storage import Storage
+from tests.maintenance.scene import Scene
 
 from coffret.connectors.base import Capabilities
 from coffret.connectors.errors import NotFound
 from coffret.engine.attempt import Attempt
-from coffret.engine.errors import Damaged, InTheWay, LeaseLost, UsageError, reported
+from coffret.engine.errors import Damaged, InTheWay, LeaseLost, UsageError
 from coffret.engine.index import open_index
 from coffret.engine.maintenance_marks import list_marks
-from coffret.engine.ops.maintenance import MaintenanceOptions, MaintenanceSummary, maintain
-from coffret.engine.ops.rm import remove
-from coffret.engine.progress import Progress
+from coffret.engine.ops.maintenance import MaintenanceOptions
 from coffret.engine.snapshot import open_end
-from coffret.engine.stream import StreamSource
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coffret.engine.errors import CoffretError
-    from coffret.engine.repository import Repository
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("closed_mirrors")]
-
-NOW = MaintenanceOptions(grace_s=0)
-
-
-class Scene:
-    """A repository with a clock, and snapshots of pieces."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.storage, self.now_s = home, small_storage(), 1.8e9
-        self.storage.memory.clock = lambda: self.now_s
-        self.opened: Repository
-
-    async def begin(self, *snapshots: slice) -> Scene:
-        self.opened = await self.storage.open()
-        for pieces in snapshots:
-            await self.back_up(pieces)
-        return self
-
-    async def back_up(self, pieces: slice, more: bytes = b"") -> str:
-        content = self.home / "content"
-        content.write_bytes(b"".join(PIECES[pieces]) + more)
-        return (await self.opened.backup(StreamSource(b"stream", f"cat {content}"), ONE_WORKER)).snapshot.id
-
-    async def remove(self, *numbers: int) -> None:
-        snapshots = (await self.opened.commits()).snapshots
-        await remove(self.opened, [snapshots[number] for number in numbers])
-
-    async def maintain(self, options: MaintenanceOptions = NOW) -> MaintenanceSummary:
-        return await maintain(self.opened, options, Progress())
-
-    async def refused(self, options: MaintenanceOptions = NOW) -> CoffretError:
-        with pytest.raises(Exception) as raised:
-            await self.maintain(options)
-        known = reported(raised.value)
-        assert known is not None, raised.value
-        return known
-
-    def whole(self) -> None:
-        oracle = Oracle(self.storage, self.opened.sealer)
-        assert not oracle.violation()
-        for snapshot in oracle.snapshots():
-            oracle.content(snapshot)
 
 
 async def test_the_grace(tmp_path: Path) -> None:
