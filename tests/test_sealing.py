@@ -163,7 +163,7 @@ def test_id_and_chunker_key_do_not_matter_to_sealing() -> None:
     ("at", "value", "says"),
     [
         (0, b"X", "not an object"),
-        (8, b"\1", "version 1"),
+        (8, b"\2", "version 2"),
         (9, b"S", "another kind"),
         (10, b"\0", "encrypted or compressed otherwise"),
         (10, b"\2", "encrypted or compressed otherwise"),
