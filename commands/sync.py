@@ -138,7 +138,10 @@ async def _legs(session: Session, legs: Sequence[Leg], selection: Selection, giv
         source, target = listed[id(leg.source)], listed[id(leg.target)]
         found.append((leg, lacking(source, target, selection, both_ways=len(legs) > 1)))
     copied = damaged = 0
-    for repository in (legs[0].source, legs[0].target):
+    one, other = legs[0].source, legs[0].target
+    if one.config.repository_id == other.config.repository_id:
+        session.display.note("both have one id: one is a clone of the other, or they are one repository, and no copy")
+    for repository in (one, other):
         for _, reason in listed[id(repository)].damaged:
             session.display.note(f"{repository.connector.location}: left out, since it is damaged: {reason}")
     if not selection.named:  # what else may be meant can't be copied

@@ -206,6 +206,8 @@ def test_it_is_no_copy_of_itself(here: Here) -> None:
         before = stored(here.repository)
         assert "is the repository itself" in here("clone", server.url, codes=(2,)).stderr
         assert "is the repository itself" in here("at", server.url, "clone", here.repository, codes=(2,)).stderr
+        passphrase = {"COFFRET_PEER_PASSPHRASE": fault_harness.PASSPHRASE}
+        assert "or they are one repository" in here("sync", "to", server.url, environment=passphrase).stderr
     finally:
         server.kill()
     assert stored(here.repository) == before
