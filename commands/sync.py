@@ -154,7 +154,7 @@ async def _legs(session: Session, legs: Sequence[Leg], selection: Selection, giv
             for snapshot in lack.snapshots:
                 _show(session, leg, snapshot)
         else:
-            options = replace(_options(session, leg, given["compression"]), back=lack.back)
+            options = replace(_options(session, leg, given["compression"]), back=lack.back, shared=lack.shared)
             summary = await leg.target.sync(leg.source, lack.snapshots, options, session.display.progress)
             copied, damaged = copied + len(summary.copied), damaged + len(summary.damaged)
     progress = session.display.progress

@@ -80,6 +80,11 @@ class IndexWriter:
         self._last = monotonic()
         self._turn = anyio.Lock()
 
+    @property
+    def count(self) -> int:
+        """How many index objects were put."""
+        return self._number
+
     async def add(self, table: PackTable) -> None:
         """Take up the table of a pack that is durable."""
         self._tables.append(table)

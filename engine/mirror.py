@@ -237,6 +237,16 @@ class Mirror:
         async with self._files.changing:
             await self._drive(self._files.store.doubt())
 
+    async def known_bad(self) -> frozenset[bytes]:
+        """The packs that are remembered as damaged; nothing is gone by for it.
+
+        :raises CoffretError: if the cache can't be read
+        """
+        async with self._files.changing:
+            with reported(self._files.store.folder):
+                manifest, _ = await self._alone(self._files.store.load)
+        return frozenset(manifest.bad)
+
     async def judge(self, bad: frozenset[bytes], good: frozenset[bytes]) -> None:
         """Remember packs as damaged: what lies only there is stored again by the next backup; forget of `good` ones.
 

@@ -44,7 +44,8 @@ class SyncOptions:
     """How to copy. `level`: zstd level for what has to be compressed, None for none; `repack`: compress all anew.
 
     `on_copied` is called for each snapshot that was copied. `back`: ids of snapshots that were removed from the target,
-    and are to be there again.
+    and are to be there again. `shared`: snapshots that both have: what packs held that are known to be damaged in the
+    target is copied anew.
     """
 
     level: int | None = settings.COMPRESSION_LEVELS["default"]
@@ -52,6 +53,7 @@ class SyncOptions:
     limits: Limits = field(default_factory=Limits)
     on_copied: Callable[[Snapshot], None] | None = None
     back: frozenset[str] = frozenset()
+    shared: Sequence[Snapshot] = ()
 
 
 @dataclass(slots=True)
@@ -67,12 +69,13 @@ class SyncSummary:
 class Lacking:
     """Snapshots that a target lacks, by time; and those that were removed there, and are not to come back unasked.
 
-    `back`: ids of those that were removed and are to come back.
+    `back`: ids of those that were removed and are to come back. `shared`: what was asked for and is there.
     """
 
     snapshots: list[Snapshot]
     removed: list[Snapshot]
     back: frozenset[str] = frozenset()
+    shared: Sequence[Snapshot] = ()
 
 
 def lacking(source: Commits, target: Commits, selection: Selection, *, both_ways: bool = False) -> Lacking:
@@ -83,10 +86,12 @@ def lacking(source: Commits, target: Commits, selection: Selection, *, both_ways
     :raises NoSuchSnapshot: if one that is named is none of the source's, or several
     """
     there = {snapshot.id for snapshot in target.snapshots}
-    missing = [snapshot for snapshot in selection.of(source, target if both_ways else None) if snapshot.id not in there]
+    asked = selection.of(source, target if both_ways else None)
+    missing = [snapshot for snapshot in asked if snapshot.id not in there]
     removed = [each for each in missing if each.id in target.removed and not selection.names(each)]
     snapshots = [each for each in missing if each not in removed]
-    return Lacking(snapshots, removed, frozenset(each.id for each in snapshots) & target.removed)
+    shared = [snapshot for snapshot in asked if snapshot.id in there]
+    return Lacking(snapshots, removed, frozenset(each.id for each in snapshots) & target.removed, shared)
 
 
 def check_pair(source: Repository, target: Repository) -> None:
@@ -115,17 +120,18 @@ async def sync(
     """
     check_pair(source, target)
     summary, clock_ns = SyncSummary(), time.perf_counter_ns()
-    if snapshots:
+    shared = options.shared if options.shared and await target.mirror.known_bad() else ()
+    if works := [*((snapshot, False) for snapshot in snapshots), *((snapshot, True) for snapshot in shared)]:
         await source.commits()  # and with that, where chunks lie
         progress.phase = "sync"
         # What was counted by now is of the other direction.
-        progress.files_total = progress.files + sum(snapshot.header.counts.files for snapshot in snapshots)
-        progress.size_total = progress.size_bytes + sum(snapshot.header.counts.size_bytes for snapshot in snapshots)
+        progress.files_total = progress.files + sum(snapshot.header.counts.files for snapshot, _ in works)
+        progress.size_total = progress.size_bytes + sum(snapshot.header.counts.size_bytes for snapshot, _ in works)
         opened: Opened = {}
         async with SyncIds(source, target) as ids:
-            for snapshot in snapshots:
+            for snapshot, heals in works:
                 progress.subject = snapshot.short_id
-                await _sync_one(source, target, snapshot, ids, opened, options, progress, summary)
+                await _sync_one(source, target, snapshot, ids, opened, options, progress, summary, heals=heals)
     summary.duration_ns = time.perf_counter_ns() - clock_ns
     return summary
 
@@ -139,10 +145,12 @@ async def _sync_one(
     options: SyncOptions,
     progress: Progress,
     summary: SyncSummary,
+    *,
+    heals: bool,
 ) -> None:
     before = {name: getattr(progress, name) for name in _COUNTERS}
     for tries_left in reversed(range(_ATTEMPTS)):
-        copy = _Copy(source, target, snapshot, ids, opened, options, progress)
+        copy = _Copy(source, target, snapshot, ids, opened, options, progress, heals=heals)
         try:
             copied = await _try(copy, progress)
         except Exception as error:
@@ -183,7 +191,10 @@ async def _try(copy: _Copy, progress: Progress) -> Snapshot | None:
 
 
 class _Copy:
-    """One attempt to copy one snapshot: `attempt.begin`, `run`, `commit`, in this order."""
+    """One attempt to copy one snapshot: `attempt.begin`, `run`, `commit`, in this order.
+
+    `heals`: the target has the snapshot, but not all that it names: this is copied, and no snapshot made.
+    """
 
     def __init__(
         self,
@@ -194,8 +205,10 @@ class _Copy:
         opened: Opened,
         options: SyncOptions,
         progress: Progress,
+        *,
+        heals: bool,
     ) -> None:
-        self._source, self._target, self._snapshot = source, target, snapshot
+        self._source, self._target, self._snapshot, self._heals = source, target, snapshot, heals
         self._ids, self._options, self._progress = ids, options, progress
         self.attempt = Attempt(
             target.connector, target.sealer, target.mirror, what="sync", kept=target.kept, opened=opened
@@ -205,9 +218,12 @@ class _Copy:
         self.reading = False
 
     def settled(self) -> bool:
-        """Whether the target, as it was listed now, has the snapshot already, or has had it removed meanwhile."""
+        """Whether the target, as it was listed now, has all of the snapshot, or has had it removed meanwhile."""
         commits, snapshot_id = self.attempt.commits, self._snapshot.id
-        if any(snapshot.id == snapshot_id for snapshot in commits.snapshots):
+        there = any(snapshot.id == snapshot_id for snapshot in commits.snapshots)
+        if self._heals:
+            return not there or not self.attempt.mirror.bad_packs
+        if there:
             return True
         if removed := snapshot_id in commits.removed and snapshot_id not in self._options.back:
             self._progress.note(f"{self._snapshot.short_id} was removed from the target meanwhile: it is not copied")
@@ -268,8 +284,13 @@ class _Copy:
         if self._index is not None:
             await self._index.salvage()
 
-    async def commit(self) -> Snapshot:
-        """Put the snapshot."""
+    async def commit(self) -> Snapshot | None:
+        """Put the snapshot; or, if it is there already, have what was stored of it count."""
+        if self._heals:
+            if self._index is not None and self._index.count:
+                await self.attempt.conclude()
+                self._progress.note(f"{self._snapshot.short_id}: what damaged packs held was copied anew")
+            return None
         await self.attempt.commit(self._copy)
         await self._target.saw(self._copy)
         with contextlib.suppress(CoffretError):  # without the note the next run looks it up again

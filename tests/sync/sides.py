@@ -95,7 +95,7 @@ async def sync(
 ) -> SyncSummary:
     """What `coffret sync` does in one direction."""
     lack = lacking(await source.listed(), await target.listed(), selection)
-    return await target.sync(source, lack.snapshots, SyncOptions(back=lack.back), progress)
+    return await target.sync(source, lack.snapshots, SyncOptions(back=lack.back, shared=lack.shared), progress)
 
 
 async def is_whole(side: Side) -> bool:

@@ -17,6 +17,7 @@ from tests.trees import describe, differences
 from coffret.connectors.faults import FaultyConnector
 from coffret.engine.errors import UsageError
 from coffret.engine.index import open_index
+from coffret.engine.ops.check import CheckOptions
 from coffret.engine.ops.sync import SyncOptions, check_pair
 from coffret.engine.progress import Progress
 from coffret.engine.records import REF_BYTES, iter_refs
@@ -143,6 +144,36 @@ async def test_nothing_is_known_without_a_cache(source: Path, tmp_path: Path) ->
     assert progress.read_bytes > 1 << 20  # read again
     assert len(await b.names("packs/")) == len(packs) + 2  # but not stored again
     assert await restores(b, made, source, tmp_path) and await is_whole(b)
+
+
+@pytest.mark.parametrize("how", ["lost", "altered"])
+async def test_what_a_check_found_damaged_is_healed(source: Path, tmp_path: Path, how: str) -> None:
+    """By a sync from a repository that has it still; no snapshot is made, and the next sync has nothing to do."""
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    first = await a.backup(source)
+    (source / "directory1" / "more").write_bytes(os.urandom(5000))
+    second = await a.backup(source)
+    await sync(await a.open(), await b.open())
+    before = {name: await b.memory.get(name) for name in await b.names("packs/")}
+    for name, body in before.items():
+        if how == "lost":
+            await b.memory.delete(name)
+        else:
+            await b.memory.put(name, [body[:200], bytes([body[200] ^ 1]), body[201:]])
+    await sync(await a.open(), await b.open())
+    assert not await is_whole(b)  # a machine that knows nothing has found it, and not this one
+    assert not (await (await b.open()).check(options=CheckOptions(workers=1))).clean
+    summary = await sync(await a.open(), await b.open())
+    assert not summary.copied and not summary.damaged
+    assert await restores(b, second, source, tmp_path) and len(await b.ids()) == 2
+    fresh = set(await b.names("packs/")) - set(before)
+    assert fresh and not await b.names("leases/")
+    for name in before:
+        await b.memory.delete(name)  # not one of them is needed any more
+    (source / "directory1" / "more").unlink()
+    assert await restores(b, first, source, tmp_path)
+    await sync(await a.open(), await b.open())
+    assert set(await b.names("packs/")) == fresh
 
 
 async def test_ids_are_shared(source: Path, tmp_path: Path) -> None:
