@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.contenders import version_of
@@ -12,7 +13,6 @@ from bench.scenarios import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from bench.contenders import Contender
     from bench.datasets import Dataset
@@ -79,10 +79,16 @@ class Ledger:
                 scenario=scenario,
                 contender=name,
                 version=version_of(contender),
-                command=shlex.join(command.arguments).replace(str(self.folder), ".") if command else "",
+                command=self._shown(command, dataset) if command else "",
                 wall_s=[],
             )
         return self._lines[key]
+
+    def _shown(self, command: Command, dataset: Dataset) -> str:
+        """A command for people anywhere: without the places that programs, data and storages have here."""
+        program, *arguments = command.arguments
+        shown = shlex.join((Path(program).name, *arguments))
+        return shown.replace(str(self.folder), ".").replace(str(dataset.path), "{source}")
 
 
 def calls_of(line: Measurement) -> int:

@@ -134,6 +134,7 @@ def test_remote_scenarios_run(storage: str, parts: str, tmp_path: Path) -> None:
     lines = [line for line in read(results) if isinstance(line, Measurement)]
     assert [line.faults for line in lines] == [[]] * len(lines)
     assert all(line.wall is not None for line in lines)
+    assert not any(line.command.startswith("/") or str(tmp_path) in line.command for line in lines)
     found = {(line.scenario, line.contender): line for line in lines}
     scenarios: dict[str, set[str]] = {}
     for scenario, name in found:
