@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from coffret.connectors.base import FULL
 from coffret.connectors.errors import NotFound
 from coffret.engine import settings
 from coffret.engine.attempt import Attempt
@@ -120,8 +122,10 @@ async def sync(
     """
     check_pair(source, target)
     summary, clock_ns = SyncSummary(), time.perf_counter_ns()
-    shared = options.shared if options.shared and await target.mirror.known_bad() else ()
-    if works := [*((snapshot, False) for snapshot in snapshots), *((snapshot, True) for snapshot in shared)]:
+    # Without a snapshot an attempt ends by what takes a full token.
+    heals = options.shared and target.connector.capabilities.right == FULL and await target.mirror.known_bad()
+    shared = options.shared if heals else ()
+    if works := [*((snapshot, _Copy) for snapshot in snapshots), *((snapshot, _Healing) for snapshot in shared)]:
         await source.commits()  # and with that, where chunks lie
         progress.phase = "sync"
         # What was counted by now is of the other direction.
@@ -129,28 +133,25 @@ async def sync(
         progress.size_total = progress.size_bytes + sum(snapshot.header.counts.size_bytes for snapshot, _ in works)
         opened: Opened = {}
         async with SyncIds(source, target) as ids:
-            for snapshot, heals in works:
+            for snapshot, kind in works:
                 progress.subject = snapshot.short_id
-                await _sync_one(source, target, snapshot, ids, opened, options, progress, summary, heals=heals)
+                begin = partial(kind, source, target, snapshot, ids, opened, options, progress)
+                await _sync_one(begin, source, snapshot, options, progress, summary)
     summary.duration_ns = time.perf_counter_ns() - clock_ns
     return summary
 
 
 async def _sync_one(
+    begin: Callable[[], _Copy],
     source: Repository,
-    target: Repository,
     snapshot: Snapshot,
-    ids: SyncIds,
-    opened: Opened,
     options: SyncOptions,
     progress: Progress,
     summary: SyncSummary,
-    *,
-    heals: bool,
 ) -> None:
     before = {name: getattr(progress, name) for name in _COUNTERS}
     for tries_left in reversed(range(_ATTEMPTS)):
-        copy = _Copy(source, target, snapshot, ids, opened, options, progress, heals=heals)
+        copy = begin()
         try:
             copied = await _try(copy, progress)
         except Exception as error:
@@ -191,10 +192,7 @@ async def _try(copy: _Copy, progress: Progress) -> Snapshot | None:
 
 
 class _Copy:
-    """One attempt to copy one snapshot: `attempt.begin`, `run`, `commit`, in this order.
-
-    `heals`: the target has the snapshot, but not all that it names: this is copied, and no snapshot made.
-    """
+    """One attempt to copy one snapshot: `attempt.begin`, `run`, `commit`, in this order."""
 
     def __init__(
         self,
@@ -205,10 +203,8 @@ class _Copy:
         opened: Opened,
         options: SyncOptions,
         progress: Progress,
-        *,
-        heals: bool,
     ) -> None:
-        self._source, self._target, self._snapshot, self._heals = source, target, snapshot, heals
+        self._source, self._target, self._snapshot = source, target, snapshot
         self._ids, self._options, self._progress = ids, options, progress
         self.attempt = Attempt(
             target.connector, target.sealer, target.mirror, what="sync", kept=target.kept, opened=opened
@@ -218,16 +214,18 @@ class _Copy:
         self.reading = False
 
     def settled(self) -> bool:
-        """Whether the target, as it was listed now, has all of the snapshot, or has had it removed meanwhile."""
-        commits, snapshot_id = self.attempt.commits, self._snapshot.id
-        there = any(snapshot.id == snapshot_id for snapshot in commits.snapshots)
-        if self._heals:
-            return not there or not self.attempt.mirror.bad_packs
-        if there:
+        """Whether the target, as it was listed now, has the snapshot already, or has had it removed meanwhile."""
+        snapshot_id = self._snapshot.id
+        if self._listed:
             return True
-        if removed := snapshot_id in commits.removed and snapshot_id not in self._options.back:
+        if removed := snapshot_id in self.attempt.commits.removed and snapshot_id not in self._options.back:
             self._progress.note(f"{self._snapshot.short_id} was removed from the target meanwhile: it is not copied")
         return removed
+
+    @property
+    def _listed(self) -> bool:
+        """Whether the target has the snapshot."""
+        return any(snapshot.id == self._snapshot.id for snapshot in self.attempt.commits.snapshots)
 
     async def run(self, group: TaskGroup) -> None:
         """Store all that the target lacks, and make the index durable. `group`: for its helpers."""
@@ -285,14 +283,22 @@ class _Copy:
             await self._index.salvage()
 
     async def commit(self) -> Snapshot | None:
-        """Put the snapshot; or, if it is there already, have what was stored of it count."""
-        if self._heals:
-            if self._index is not None and self._index.count:
-                await self.attempt.conclude()
-                self._progress.note(f"{self._snapshot.short_id}: what damaged packs held was copied anew")
-            return None
+        """Put the snapshot, and return it, if one is made."""
         await self.attempt.commit(self._copy)
         await self._target.saw(self._copy)
         with contextlib.suppress(CoffretError):  # without the note the next run looks it up again
             await self.attempt.mirror.vouch(self._copy.header.catalog[:ID_BYTES])
         return self._copy
+
+
+class _Healing(_Copy):
+    """One attempt to copy what the target has lost of a snapshot that it has; no other one is made for it."""
+
+    def settled(self) -> bool:
+        return not self._listed or not self.attempt.mirror.bad_packs
+
+    async def commit(self) -> Snapshot | None:
+        if self._index is not None and self._index.count:
+            await self.attempt.conclude()
+            self._progress.note(f"{self._snapshot.short_id}: what damaged packs held was copied anew")
+        return None

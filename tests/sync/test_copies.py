@@ -14,7 +14,9 @@ from tests.hostile_tree import make_hostile_tree
 from tests.sync.sides import SMALL, Side, is_whole, restores, sync
 from tests.trees import describe, differences
 
+from coffret.connectors.base import APPEND_ONLY, Capabilities
 from coffret.connectors.faults import FaultyConnector
+from coffret.connectors.wrapper import Wrapper
 from coffret.engine.errors import UsageError
 from coffret.engine.index import open_index
 from coffret.engine.ops.check import CheckOptions
@@ -174,6 +176,25 @@ async def test_what_a_check_found_damaged_is_healed(source: Path, tmp_path: Path
     assert await restores(b, first, source, tmp_path)
     await sync(await a.open(), await b.open())
     assert set(await b.names("packs/")) == fresh
+
+
+async def test_an_append_only_token_heals_nothing(source: Path, tmp_path: Path) -> None:
+    """An attempt without a snapshot can't be ended with it: so none is begun."""
+
+    class AppendOnly(Wrapper):
+        @property
+        def capabilities(self) -> Capabilities:  # type: ignore[override]
+            return replace(super().capabilities, right=APPEND_ONLY)
+
+    a, b = Side.made(tmp_path / "cache"), Side.made(tmp_path / "cache")
+    await a.backup(source)
+    await sync(await a.open(), await b.open())
+    for name in await b.names("packs/"):
+        await b.memory.delete(name)
+    assert not (await (await b.open()).check(options=CheckOptions(workers=1))).clean
+    before = await b.names("")
+    assert not (await sync(await a.open(), await b.open(AppendOnly(b.memory)))).copied
+    assert await b.names("") == before
 
 
 async def test_ids_are_shared(source: Path, tmp_path: Path) -> None:
