@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.display import counted, paths_fields
 from coffret.engine.errors import UsageError
 from coffret.engine.settings import COMPRESSION_LEVELS
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from coffret.engine.filters import Filters
     from coffret.engine.flow import ChannelStatistics
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
-
-# Done, but a part of the source could not be read.
-PARTLY = 3
 
 
 @click.command(

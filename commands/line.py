@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import click
 
+#: The exit code of what is done, but for a part that could not be read, copied or written.
+PARTLY = 3
 # Command → (module in commands/, what --help says). A module is imported when its command is used.
 COMMANDS = {
     "version": ("version", "Print the version."),

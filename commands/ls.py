@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.commands.running import Session, common_path, split_target
 from coffret.display import counted, path_fields, paths_fields, printable
 from coffret.engine.units import format_duration, format_size
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
 
-# Done, but a snapshot could not be read.
-PARTLY = 3
 TYPES = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",

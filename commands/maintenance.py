@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.display import counted
 from coffret.engine.units import format_duration, format_size, parse_seconds
-
-# Done, but something that is needed could not be read.
-PARTLY = 3
 
 if TYPE_CHECKING:
     from coffret.commands.running import Session

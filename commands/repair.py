@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.commands.passphrase import Group
 from coffret.display import counted
 
 if TYPE_CHECKING:
     from coffret.commands.running import Session
-
-# Done, but something could not be read, or was left alone.
-PARTLY = 3
 
 
 @click.group(

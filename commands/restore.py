@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.commands.running import Session, common_path, split_target
 from coffret.display import counted, path_fields, printable
 from coffret.engine.settings import OVERWRITE
 
 if TYPE_CHECKING:
     from coffret.engine.ops.restore import RestoreOptions
-
-# Done, but a part of the target could not be written.
-PARTLY = 3
 
 
 @click.command(

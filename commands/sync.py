@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from coffret.commands.line import EPILOG
+from coffret.commands.line import EPILOG, PARTLY
 from coffret.commands.ls import iso_time
 from coffret.display import counted, paths_fields, printable
 from coffret.engine.opening import bare_storage, check_two
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from coffret.engine.selection import Selection
     from coffret.engine.snapshot import Snapshot
 
-# Done, but a snapshot could not be copied.
-PARTLY = 3
 DIRECTIONS = ("to", "from", "with")
 KEEP = "keep"
 
