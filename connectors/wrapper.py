@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Wrapper(Connector):
-    """Everything as `inner` does it; a subclass overrides what it does otherwise."""
+    """Everything as `inner` does it; a subclass overrides what it does otherwise.
+
+    But for `put_arriving`, which comes down to the wrapper's own `put`: what overrides that is not to be passed by.
+    """
 
     def __init__(self, inner: Connector) -> None:
         self.inner = inner
