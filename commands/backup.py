@@ -65,11 +65,7 @@ def command(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
         async with session.repository("coffret.engine.ops.backup", writing=not given["dry_run"]) as repository:
             options = _options(session, given, filters)
             summary = await repository.backup(source or roots, options, display.progress)
-            # Listed anew: others may have made snapshots meanwhile.
-            state = None
-            if (display.as_json or display.verbose) and not given["dry_run"]:
-                state = repository.state_of((await repository.listed()).snapshots)
-        return _report(session, summary, state=state, dry_run=given["dry_run"])
+        return _report(session, summary, dry_run=given["dry_run"])
 
     return session.run(backup, progress=True)
 
@@ -117,6 +113,7 @@ def _options(session: Session, given: dict[str, Any], filters: Filters | None) -
         ignore_ctime=given["ignore_ctime"],
         level=COMPRESSION_LEVELS[given["compression"]],
         dry_run=given["dry_run"],
+        tell_state=bool(session.display.as_json or session.display.verbose) and not given["dry_run"],
         limits=Limits(workers=workers),
     )
 
@@ -133,8 +130,9 @@ def _text(option: str, value: str) -> str:
     return value
 
 
-def _report(session: Session, summary: BackupSummary, *, state: str | None, dry_run: bool) -> int:
+def _report(session: Session, summary: BackupSummary, *, dry_run: bool) -> int:
     header, counts, progress = summary.snapshot.header, summary.counts, session.display.progress
+    state = summary.state
     duration_s = summary.duration_ns / 1e9
     size, duration = format_size(counts.size_bytes), format_duration(duration_s)
     tail = f", {counted(counts.errors, 'error')}" if counts.errors else ""

@@ -25,7 +25,13 @@ from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
 from coffret.engine.errors import CoffretError, Damaged, OutOfSpace, UsageError, WrongPassphrase, reported
 from coffret.engine.opening import open_repository
-from coffret.engine.passphrase import PREFIX, passphrase_from_environment, passphrase_is_set, passphrase_variables
+from coffret.engine.passphrase import (
+    PREFIX,
+    passphrase_from_environment,
+    passphrase_is_at_hand,
+    passphrase_is_set,
+    passphrase_variables,
+)
 from coffret.engine.repository import OpenOptions
 from coffret.engine.units import parse_size
 
@@ -94,6 +100,7 @@ class Session:
             expect_id=found.expect_id,
             expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
+            passphrase_at_hand=passphrase_is_at_hand(os.environ),
         )
 
     @cached_property
@@ -102,8 +109,14 @@ class Session:
 
         What its connector is to know stands in the query of its URL.
         """
-        encrypted_only = passphrase_is_set(os.environ, PEER_PREFIX)
-        return replace(self.options, connector={}, expect_id=None, expect_state=None, encrypted_only=encrypted_only)
+        return replace(
+            self.options,
+            connector={},
+            expect_id=None,
+            expect_state=None,
+            encrypted_only=passphrase_is_set(os.environ, PEER_PREFIX),
+            passphrase_at_hand=passphrase_is_at_hand(os.environ, PEER_PREFIX),
+        )
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
         """Tell of it, once a second at most: many transfers fail together."""

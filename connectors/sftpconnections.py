@@ -56,6 +56,7 @@ class Session:
         self._lost = ""
         self._waiting, self._heard_at = 0, 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[None]] = set()
         self._timer = self._loop.call_later(SILENCE_S / 4, self._watch)
 
     @property
@@ -102,14 +103,20 @@ class Session:
 
     def later(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[None]:
         """Do something that nobody needs the result of, and whose failure does no harm; a task to wait for it."""
+        return self._begin(work, self._tasks)
 
+    def release(self, closing: Coroutine[Any, Any, object]) -> None:
+        """Close a handle, some time: the server does when the session ends."""
+        self._begin(closing, self._closings)
+
+    def _begin(self, work: Coroutine[Any, Any, object], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
         async def do() -> None:
             with suppress(Refusal, ConnectorError):
                 await work
 
         task = self._loop.create_task(do())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         return task
 
     async def clear_up(self, work: Coroutine[Any, Any, object]) -> None:
@@ -129,7 +136,7 @@ class Session:
             with anyio.move_on_after(_CLEAR_UP_S):
                 await self._connection.wait_closed()
         self.abandon("closed")
-        for task in tuple(self._tasks):
+        for task in (*self._tasks, *self._closings):
             task.cancel()
 
     def _watch(self) -> None:

@@ -65,7 +65,7 @@ class OpenFile:
     def close_later(self) -> None:
         """Close it without waiting for the answer."""
         if not self._closed and not self._session.lost:
-            self._session.later(self.close())
+            self._session.release(self.close())
 
 
 class Files:

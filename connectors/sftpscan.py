@@ -126,7 +126,7 @@ async def _read_in_order(
             count = min(2 * count, _MOST_PIECES)
     finally:
         if not session.lost:
-            session.later(session.ask(_request(handler.close, handle)))
+            session.release(session.ask(_request(handler.close, handle)))
     return [entry for piece in pieces for entry in piece], after, goes == 1
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -95,7 +95,9 @@ class Attempt:
         self.damaged: list[tuple[str, str]] = []
         #: Whether something was put that counts only once the attempt has ended well.
         self.unfinished = False
-        self._leased = False
+        self._leased, self._refreshing = False, anyio.CancelScope()
+        #: Why the lease is still there after the end, "" if it is not.
+        self.left = ""
         self.commits: Commits
 
     @property
@@ -125,8 +127,9 @@ class Attempt:
                 yield group
             finally:
                 group.cancel_scope.cancel()
-                if note := await self.end():
-                    progress.note(note)
+                await self.end()
+                if self.left:
+                    progress.note(self.left)
 
     async def begin(self, *, audit: bool = False) -> None:
         """List trash, index and snapshots, and bring the mirror up to date; `audit`: list packs in any case.
@@ -165,12 +168,11 @@ class Attempt:
 
     async def _keep(self) -> None:
         """Refresh the lease until cancelled; a failure to do so is no error, since the commit decides."""
-        while True:
-            await anyio.sleep(LEASE_REFRESH_S)
-            try:
-                await self._put_lease()
-            except ConnectorError:
-                continue
+        with self._refreshing:
+            while True:
+                await anyio.sleep(LEASE_REFRESH_S)
+                with suppress(ConnectorError):
+                    await self._put_lease()
 
     async def commit(self, snapshot: Snapshot) -> None:
         """Put the snapshot: from now on it exists.
@@ -205,20 +207,21 @@ class Attempt:
         except NotFound:
             raise LeaseLost(f"another process ended this {self._what} while it was at work") from None
 
-    async def end(self) -> str:
-        """Take the lease away: the attempt never commits from now on. Returns a note for the user, or "".
+    async def end(self) -> None:
+        """Take the lease away, if it is not yet: the attempt never commits from now on.
 
-        One that stays is in nobody's way for longer than half an hour; how the attempt ended is what counts.
+        One that stays (then `left` says why) is in nobody's way for longer than half an hour; how the attempt ended is
+        what counts.
         """
-        note = ""
+        self._refreshing.cancel()
         with anyio.CancelScope(shield=True):
-            if self._leased:
+            leased, self._leased = self._leased, False
+            if leased:
                 try:
                     await self._connector.delete(self._lease_name)
                 except ConnectorError as error:
-                    note = f"the lease could not be taken away: {error}"
+                    self.left = f"the lease could not be taken away: {error}"
             await self.mirror.close()
-        return note
 
     async def _put_lease(self) -> None:
         lease = Lease(socket.gethostname(), os.getpid(), self._what, time.time_ns())

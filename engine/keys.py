@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -62,6 +63,22 @@ class Cost(NamedTuple):
     lanes: int = settings.ARGON2_LANES
 
 
+class KdfParameters(NamedTuple):
+    """What a slot's keys are derived from beside the passphrase. By itself it lets nobody try one."""
+
+    salt: bytes
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DerivedKeys:
+    """What Argon2id gave of a passphrase: a slot's key-encryption key and commitment, if it has these parameters."""
+
+    parameters: KdfParameters
+    key: bytes
+    commitment: bytes
+
+
 _CEILING = Cost(settings.ARGON2_MAX_MEMORY_KIB, settings.ARGON2_MAX_PASSES, settings.ARGON2_MAX_LANES)
 
 
@@ -85,6 +102,11 @@ class Slot(msgspec.Struct, frozen=True):
     def cost(self) -> Cost:
         """What deriving its keys takes."""
         return Cost(self.memory_kib, self.passes, self.lanes)
+
+    @property
+    def kdf_parameters(self) -> KdfParameters:
+        """What they are derived from beside the passphrase."""
+        return KdfParameters(self.salt, self.cost)
 
 
 class _Head(msgspec.Struct):
@@ -120,10 +142,10 @@ def wrap(
     label = "".join(c if c.isprintable() else "?" for c in label[:MAX_LABEL])
     salt, nonce = entropy(SALT_BYTES), entropy(NONCE_BYTES)
     slot = Slot(FORMAT_VERSION, KDF, *(cost or Cost()), salt, created or utc_now(), label)
-    key, commitment = _derive(slot, passphrase)
-    slot = msgspec.structs.replace(slot, commitment=commitment, nonce=nonce)
+    derived = derive(slot.kdf_parameters, passphrase)
+    slot = msgspec.structs.replace(slot, commitment=derived.commitment, nonce=nonce)
     bundle = secrets.data_key + secrets.id_key + secrets.chunker_key
-    wrapped = AESGCM(key).encrypt(nonce, bundle, _bound(slot, config_hash))
+    wrapped = AESGCM(derived.key).encrypt(nonce, bundle, _bound(slot, config_hash))
     slot = msgspec.structs.replace(slot, wrapped=wrapped)
     data = _encode(msgspec.structs.replace(slot, endorsement=_endorse(slot, secrets, config_hash)))
     return slot_id_of(data), data
@@ -158,16 +180,28 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
         or not (slot.label + slot.created).isprintable()
     ):
         raise Damaged(f"key slot {slot_id[:8]} is no key slot", remedy=_RECOVER)
-    if not all(1 <= asked <= limit for asked, limit in zip(slot.cost, _CEILING, strict=True)) or (
-        slot.memory_kib < 8 * slot.lanes
-    ):
+    if not _is_sane(slot.cost):
         cost = f"{slot.memory_kib} KiB × {slot.passes}"
         raise Damaged(f"key slot {slot_id[:8]} asks for absurd memory or time: {cost}", remedy=_RECOVER)
     return slot
 
 
-def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes, likely: str = "") -> tuple[str, Secrets]:
+def _is_sane(cost: Cost) -> bool:
+    return all(1 <= asked <= limit for asked, limit in zip(cost, _CEILING, strict=True)) and (
+        cost.memory_kib >= 8 * cost.lanes
+    )
+
+
+def unlock(
+    slots: Mapping[str, bytes],
+    passphrase: bytes,
+    config_hash: bytes,
+    likely: str = "",
+    derived: DerivedKeys | None = None,
+) -> tuple[str, Secrets]:
     """Try the slots, the `likely` one and then the cheapest first; return (slot id, keys) of the first that opens.
+
+    `derived`: from the same passphrase, before it was known which slots there are.
 
     :raises WrongPassphrase: if none is for this passphrase
     :raises RepositoryChanged: if one is, and was altered or made for another config
@@ -186,7 +220,7 @@ def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes, li
     changed: RepositoryChanged | None = None
     for slot_id in sorted(found, key=lambda name: (name != likely, found[name].cost, name)):
         try:
-            return slot_id, unwrap(found[slot_id], passphrase, config_hash)
+            return slot_id, unwrap(found[slot_id], passphrase, config_hash, derived)
         except WrongPassphrase:
             continue
         except RepositoryChanged as error:
@@ -203,18 +237,19 @@ def unlock(slots: Mapping[str, bytes], passphrase: bytes, config_hash: bytes, li
     raise (newer or faults or [Damaged("the repository is encrypted and has no key slot", remedy=_RECOVER)])[0]
 
 
-def unwrap(slot: Slot, passphrase: bytes, config_hash: bytes) -> Secrets:
-    """The keys in one slot.
+def unwrap(slot: Slot, passphrase: bytes, config_hash: bytes, derived: DerivedKeys | None = None) -> Secrets:
+    """The keys in one slot. `derived` from the same passphrase are used if the slot has their parameters.
 
     :raises WrongPassphrase: if it is for another passphrase
     :raises RepositoryChanged: if it is for this one, but it was altered or made for another config
     """
-    key, commitment = _derive(slot, passphrase)
-    if commitment != slot.commitment:
+    if derived is None or derived.parameters != slot.kdf_parameters:
+        derived = derive(slot.kdf_parameters, passphrase)
+    if derived.commitment != slot.commitment:
         raise WrongPassphrase("the passphrase is not that of the key slot")
     clear = msgspec.structs.replace(slot, wrapped=b"", endorsement=b"")
     try:
-        bundle = AESGCM(key).decrypt(slot.nonce, slot.wrapped, _bound(clear, config_hash))
+        bundle = AESGCM(derived.key).decrypt(slot.nonce, slot.wrapped, _bound(clear, config_hash))
     except InvalidTag:
         raise RepositoryChanged(
             "the passphrase is right, but the repository's config or key slot is not the one it was set for",
@@ -242,22 +277,24 @@ def _endorse(slot: Slot, secrets: Secrets, config_hash: bytes) -> bytes:
     return blake3(_bound(slot, config_hash), key=key).digest()
 
 
-def _derive(slot: Slot, passphrase: bytes) -> tuple[bytes, bytes]:
-    """(key-encryption key, commitment) of a passphrase with the slot's salt and cost."""
+def derive(parameters: KdfParameters, passphrase: bytes) -> DerivedKeys:
+    """What a passphrase gives with a slot's parameters.
+
+    :raises CoffretError: if that takes more memory than there is, or than any slot may ask for
+    """
+    salt, cost = parameters
+    if not _is_sane(cost):
+        raise CoffretError(f"absurd memory or time to derive a key: {cost.memory_kib} KiB × {cost.passes}")
     derivation = Argon2id(
-        salt=slot.salt,
-        length=2 * KEY_BYTES,
-        iterations=slot.passes,
-        lanes=slot.lanes,
-        memory_cost=slot.memory_kib,
+        salt=salt, length=2 * KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib
     )
     try:
         with _one_derivation:
             derived = derivation.derive(passphrase)
     except MemoryError:
         raise CoffretError(
-            f"not enough memory to try the passphrase: {slot.memory_kib >> 10} MiB are needed",
+            f"not enough memory to try the passphrase: {cost.memory_kib >> 10} MiB are needed",
             remedy="end other programs, or use a machine with more memory",
         ) from None
     commitment = blake3(derived[KEY_BYTES:], derive_key_context=_COMMITMENT).digest()
-    return derived[:KEY_BYTES], commitment
+    return DerivedKeys(parameters, derived[:KEY_BYTES], commitment)

@@ -7,7 +7,7 @@ async with open_repository("/var/backups", passphrase=lambda: b"…") as reposit
 from __future__ import annotations
 
 from contextlib import asynccontextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from coffret.connectors.base import Connector
     from coffret.engine.records import Config
     from coffret.engine.sealing import Secrets
+    from coffret.engine.state import SlotHint
     from coffret.engine.storecache import StoreCache
 
 
@@ -41,7 +42,7 @@ async def open_repository(
     listing: bool = False,
     transfers: bool = False,
 ) -> AsyncIterator[Repository]:
-    """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted.
+    """Open a repository. `passphrase` is called, in this thread, only if the repository is encrypted, or was last time.
 
     `writing`: for a backup, so that it is refused at once where nothing tells a repository without encryption from one
     put in its place. `listing`: for what asks for snapshots first of all, as all reading does: of a storage elsewhere
@@ -55,22 +56,24 @@ async def open_repository(
     from coffret.engine.mirror import Mirror, mirror_folder
 
     options = options or OpenOptions()
+    passphrase = cache(passphrase) if passphrase else None  # one that is read from a pipe is there once
     async with bare_storage(url, options) as connector:
         if transfers:
             connector.expect_transfers()
         ahead = ReadAhead(connector) if listing and not connector.places else None
-        likely = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
-        data, keyring, _ = await together(
+        hint = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
+        data, keyring, _, derived = await together(
             partial(_config, connector, url),
-            partial(_keyring, connector, likely),
+            partial(_keyring, connector, hint.slot),
             ahead.fetch_lists if ahead else _nothing,
+            partial(_derive_ahead, connector, hint, passphrase if options.passphrase_at_hand else None),
         )
         config = configuration.parse_config(data)
         check_pins(connector, data, options, pin=False)
         _check_encryption(config, url, options)
-        folder, cache, kept = None, cache_folder(options), None
-        if options.use_cache and (cache.is_absolute() or options.cache_dir is not None):
-            folder = mirror_folder(cache, config.repository_id, connector.location)
+        folder, caches, kept = None, cache_folder(options), None
+        if options.use_cache and (caches.is_absolute() or options.cache_dir is not None):
+            folder = mirror_folder(caches, config.repository_id, connector.location)
         mirror = await Mirror.open(folder, config.repository_id)
         if folder is not None and not mirror.why_private and not connector.places:
             from coffret.engine.storecache import StoreCache
@@ -81,12 +84,13 @@ async def open_repository(
             if isinstance(keyring, Keyring) and keyring.log_config not in ("", digest.hex()):
                 keyring = await read_keyring(connector, digest)  # a log of another repository says nothing
             (slot_id, secrets), _ = await together(
-                partial(_unlock, keyring, config, digest, passphrase, likely),
+                partial(_unlock, keyring, config, digest, passphrase, hint.slot, derived),
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = check_pins(connector, data, options, writing=writing)
-            if slot_id != likely:
-                await to_thread.run_sync(state.remember_slot, connector.location, slot_id, options.state_dir)
+            if slot_id != hint.slot and isinstance(keyring, Keyring):
+                hint = _hint(slot_id, keyring.live[slot_id])
+                await to_thread.run_sync(state.remember_slot, connector.location, hint, options.state_dir)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")
@@ -205,8 +209,30 @@ async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
         return error
 
 
+async def _derive_ahead(
+    connector: Connector, hint: SlotHint, passphrase: Callable[[], bytes] | None
+) -> keys.DerivedKeys | None:
+    """What the key slot that opened the repository last will need, while a storage elsewhere is being reached."""
+    if connector.places or not hint.slot or passphrase is None:
+        return None
+    parameters = keys.KdfParameters(hint.salt, keys.Cost(hint.memory_kib, hint.passes, hint.lanes))
+    with suppress(CoffretError):  # the slot itself tells what is wrong
+        return await to_thread.run_sync(keys.derive, parameters, passphrase())
+    return None
+
+
+def _hint(slot_id: str, data: bytes) -> SlotHint:
+    salt, cost = keys.parse_slot(slot_id, data).kdf_parameters
+    return state.SlotHint(slot_id, salt, *cost)
+
+
 async def _unlock(
-    keyring: Keyring | Exception, config: Config, digest: bytes, passphrase: Callable[[], bytes] | None, likely: str
+    keyring: Keyring | Exception,
+    config: Config,
+    digest: bytes,
+    passphrase: Callable[[], bytes] | None,
+    likely: str,
+    derived: keys.DerivedKeys | None,
 ) -> tuple[str, Secrets]:
     if not config.encrypted:
         return "", configuration.clear_secrets(config)
@@ -215,7 +241,7 @@ async def _unlock(
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely)
+    return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely, derived)
 
 
 async def _nothing() -> None:

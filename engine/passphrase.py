@@ -33,6 +33,11 @@ def passphrase_is_set(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
     return any(name in env for name in passphrase_variables(prefix))
 
 
+def passphrase_is_at_hand(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
+    """Whether it is there without a command, which may ask for it on the terminal."""
+    return passphrase_is_set(env, prefix) and f"{prefix}_COMMAND" not in env
+
+
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:
     """The passphrase that `prefix`, `prefix`_FILE or `prefix`_COMMAND gives; None if none of them is set.
 

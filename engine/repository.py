@@ -44,7 +44,7 @@ class OpenOptions:
     `connector`: options of the storage; `transfers`: how it is used. `cache_dir` and `state_dir` default to the user's
     folders. `expect_id`: accept this repository, and no other; `expect_state`: and only if it has these snapshots (see
     `seen.check_expected`), whatever else was seen. `encrypted_only`: refuse one without encryption, since a
-    passphrase was given.
+    passphrase was given. `passphrase_at_hand`: nobody is asked for it, so it may be used before the storage answers.
     """
 
     connector: Mapping[str, str] = field(default_factory=dict)
@@ -55,6 +55,7 @@ class OpenOptions:
     expect_id: str | None = None
     expect_state: str | None = None
     encrypted_only: bool = False
+    passphrase_at_hand: bool = False
     #: What was asked of each storage that was opened with these options, by location and method.
     calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
 

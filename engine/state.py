@@ -1,7 +1,7 @@
 """Pins: which repositories this user has met at which location, so that another one put in their place is noticed.
 
     <state folder>/pins/<hash of the location>.json
-        {"location": …, "accepted": [[repository id, encryption, config hash]], "slot": the slot that opened it last}
+        {"location": …, "accepted": [[repository id, encryption, config hash]], "opened_by": a `SlotHint`}
     <state folder>/pins/<hash of location and repository id>.seen    the snapshots that were there: `engine/seen.py`
 
 A location may have several repositories, such as USB disks mounted in turn at one place: each is accepted once. The
@@ -41,12 +41,25 @@ class Pin(msgspec.Struct, frozen=True, array_like=True):
     config_hash: str
 
 
+class SlotHint(msgspec.Struct, frozen=True, array_like=True):
+    """The key slot that opened a repository last: id (hex, "" if none did), salt, memory in KiB, passes, lanes.
+
+    With it the passphrase's keys can be derived while the slot is on its way. It lets nobody try a passphrase.
+    """
+
+    slot: str = ""
+    salt: bytes = b""
+    memory_kib: int = 0
+    passes: int = 0
+    lanes: int = 0
+
+
 class _Location(msgspec.Struct):
-    """The content of a pins file. `slot`: the key slot that opened the repository last."""
+    """The content of a pins file. `opened_by`: what opened the repository last."""
 
     location: str
     accepted: list[Pin]
-    slot: str = ""
+    opened_by: SlotHint = SlotHint()
 
 
 def state_folder() -> Path:
@@ -90,7 +103,7 @@ def check(
             known = _read(path)
             if not _decide(location, known.accepted, found, expect_id):
                 shown = location.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-                _write(path, _Location(shown, [*known.accepted, found], known.slot))
+                _write(path, _Location(shown, [*known.accepted, found], known.opened_by))
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         note = f"this machine can't remember the repository to notice if another takes its place: {reason}"
@@ -125,23 +138,23 @@ def remember(
     return check(location, repository_id, encrypted, config_hash, repository_id, folder=folder)
 
 
-def likely_slot(location: str, folder: Path | None = None) -> str:
-    """The id of the key slot that opened the repository at a location last, as a hint; "" if none is known."""
+def likely_slot(location: str, folder: Path | None = None) -> SlotHint:
+    """The key slot that opened the repository at a location last, as a hint; an empty one if none is known."""
     try:
-        return _read(file_of(location, "pins", folder)).slot
+        return _read(file_of(location, "pins", folder)).opened_by
     except (CoffretError, OSError):
-        return ""
+        return SlotHint()
 
 
-def remember_slot(location: str, slot: str, folder: Path | None = None) -> None:
+def remember_slot(location: str, slot: SlotHint, folder: Path | None = None) -> None:
     """Keep for `likely_slot`, if it can be, which key slot has opened the repository that is known at a location."""
     with contextlib.suppress(CoffretError, OSError):
         path = file_of(location, "pins", folder)
-        if _read(path).slot == slot:
+        if _read(path).opened_by == slot:
             return
         with locked(path.parent):
             if (known := _read(path)).accepted:
-                _write(path, msgspec.structs.replace(known, slot=slot))
+                _write(path, msgspec.structs.replace(known, opened_by=slot))
 
 
 def _decide(location: str, accepted: list[Pin], found: Pin, expect_id: str | None) -> bool:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
+import msgspec
 import pytest
+from anyio import to_thread
 from tests.attempts.storage import ONE_WORKER
 from tests.fault_harness import cheap_passphrases, contents, make_source
 
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import state
+from coffret.engine import keys, state
 from coffret.engine.creation import create_repository
-from coffret.engine.errors import WrongPassphrase, reported
+from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase, reported
 from coffret.engine.opening import open_repository
 from coffret.engine.readahead import ReadAhead
 from coffret.engine.repository import OpenOptions
@@ -164,11 +167,83 @@ async def test_the_slot_that_opened_it_is_asked_for_beside_the_list(elsewhere: F
     for hint, expected in ((slot, ["list", "peek", "listed"]), ("0" * 64, ["list", "peek", "listed", "get"]),
                            ("../config", ["list", "listed", "get"])):  # fmt: skip
         order.clear()
-        state.remember_slot(elsewhere.location, hint, tmp_path / "state")
+        state.remember_slot(elsewhere.location, state.SlotHint(hint), tmp_path / "state")
         async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path)) as opened:
             assert opened.slot_id == slot
         assert order == expected
-        assert state.likely_slot(elsewhere.location, tmp_path / "state") == slot
+        assert state.likely_slot(elsewhere.location, tmp_path / "state").slot == slot
+
+
+async def test_the_key_is_derived_while_the_storage_is_reached(
+    elsewhere: FaultyConnector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is known of the slot that opened it last, if nobody has to be asked for the passphrase."""
+    derived: list[keys.KdfParameters] = []
+    given: list[bytes] = []
+    derive, begun = keys.derive, threading.Event()
+
+    def passphrase() -> bytes:
+        given.append(b"right")
+        return b"right"
+
+    def counted(parameters: keys.KdfParameters, passphrase: bytes) -> keys.DerivedKeys:
+        derived.append(parameters)
+        begun.set()
+        return derive(parameters, passphrase)
+
+    async def before(method: str, name: str) -> None:
+        if ahead and name == "config":
+            assert await to_thread.run_sync(begun.wait, 60)
+        elif name == "config":
+            assert not derived
+
+    monkeypatch.setattr(keys, "derive", counted)
+    elsewhere.before = before
+
+    async def opened_with(opening: OpenOptions) -> None:
+        for each in (derived, given):
+            each.clear()
+        begun.clear()
+        async with open_repository(URL, passphrase=passphrase, options=opening):
+            assert given == [b"right"]  # it may come from a pipe
+
+    at_hand = dataclasses.replace(options(tmp_path), passphrase_at_hand=True)
+    ahead = False
+    await opened_with(at_hand)  # nothing is known yet
+    assert len(derived) == 1
+    await opened_with(options(tmp_path))
+    assert len(derived) == 1
+    ahead = True
+    await opened_with(at_hand)
+    assert len(derived) == 1
+    hint = state.likely_slot(elsewhere.location, tmp_path / "state")
+    assert hint.salt == derived[0].salt
+    # The slot itself decides. What is remembered is not trusted: the second costs no derivation at all.
+    for wrong in (msgspec.structs.replace(hint, salt=bytes(16)), msgspec.structs.replace(hint, memory_kib=1 << 40)):
+        path = state.file_of(elsewhere.location, "pins", tmp_path / "state")
+        path.write_bytes(path.read_bytes().replace(msgspec.json.encode(hint), msgspec.json.encode(wrong)))
+        await opened_with(at_hand)
+        assert len(derived) == 2
+        path.write_bytes(path.read_bytes().replace(msgspec.json.encode(wrong), msgspec.json.encode(hint)))
+
+
+async def test_a_passphrase_that_can_not_be_had_is_told_of_once_it_is_needed(
+    elsewhere: FaultyConnector, tmp_path: Path
+) -> None:
+    async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path)):
+        pass
+    at_hand = dataclasses.replace(options(tmp_path), passphrase_at_hand=True)
+
+    def empty() -> bytes:
+        raise UsageError("an empty passphrase")
+
+    with pytest.raises(UsageError, match="empty"):
+        async with open_repository(URL, passphrase=empty, options=at_hand):
+            pass
+    await elsewhere.delete("config")
+    with pytest.raises(NoRepository):
+        async with open_repository(URL, passphrase=empty, options=at_hand):
+            pass
 
 
 async def test_the_first_answer_alone_may_be_old(elsewhere: FaultyConnector, tmp_path: Path) -> None:

@@ -49,19 +49,20 @@ def test_compared_only(folder: Path) -> None:
 
 def test_the_slot_that_opened_it(folder: Path, unwritable: Path) -> None:
     """A hint: known where the repository is, and nothing else changes with it."""
-    state.remember_slot(HERE, "a slot", folder=folder)
-    assert state.likely_slot(HERE, folder=folder) == ""
+    a_slot, another, none = state.SlotHint("a slot", b"salt", 8, 2, 1), state.SlotHint("another"), state.SlotHint()
+    state.remember_slot(HERE, a_slot, folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == none
     state.check(HERE, ONE, True, HASH, folder=folder)
-    state.remember_slot(HERE, "a slot", folder=folder)
-    assert state.likely_slot(HERE, folder=folder) == "a slot"
-    assert state.likely_slot("elsewhere", folder=folder) == ""
+    state.remember_slot(HERE, a_slot, folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == a_slot
+    assert state.likely_slot("elsewhere", folder=folder) == none
     state.check(HERE, TWO, True, HASH, TWO, folder=folder)
-    assert state.likely_slot(HERE, folder=folder) == "a slot"
-    state.remember_slot(HERE, "another", folder=folder)
-    assert state.likely_slot(HERE, folder=folder) == "another"
+    assert state.likely_slot(HERE, folder=folder) == a_slot
+    state.remember_slot(HERE, another, folder=folder)
+    assert state.likely_slot(HERE, folder=folder) == another
     assert state.check(HERE, ONE, True, HASH, folder=folder) == ""
-    state.remember_slot(HERE, "a slot", folder=unwritable)
-    assert state.likely_slot(HERE, folder=unwritable) == ""
+    state.remember_slot(HERE, a_slot, folder=unwritable)
+    assert state.likely_slot(HERE, folder=unwritable) == none
 
 
 def test_refused_is_not_remembered(folder: Path) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from coffret import __version__
 from coffret.connectors.base import Connector
+from coffret.connectors.errors import ConnectorError
 from coffret.engine import settings
 from coffret.engine.attempt import Attempt
 from coffret.engine.bridge import LoadBridge
 from coffret.engine.catalog import Cutter
 from coffret.engine.catalog_reader import ParentCursor
 from coffret.engine.errors import ChunkMissing, CoffretError, Damaged, LeaseLost, reported
+from coffret.engine.flow import together
 from coffret.engine.index import IndexWriter
 from coffret.engine.known import KnownChunks
 from coffret.engine.ops.takeover import take_over
@@ -45,7 +47,10 @@ _MAX_FAULTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
-    """How to back up. `force`: read all files, whatever the parent says. `level`: zstd level, None for none."""
+    """How to back up. `force`: read all files, whatever the parent says. `level`: zstd level, None for none.
+
+    `tell_state`: list the snapshots once more in the end, for `BackupSummary.state`.
+    """
 
     tags: Sequence[str] = ()
     host: str = ""
@@ -56,16 +61,18 @@ class BackupOptions:
     ignore_ctime: bool = False
     level: int | None = settings.COMPRESSION_LEVELS["default"]
     dry_run: bool = False
+    tell_state: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)
 class BackupSummary:
-    """What a backup made: the snapshot, and how many faults its source had."""
+    """What a backup made: the snapshot, how many faults its source had; the repository's state, if asked for."""
 
     snapshot: Snapshot
     counts: Counts
     duration_ns: int
+    state: str | None = None
 
 
 class Faults:
@@ -131,10 +138,14 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
             work.tell()
             await work.watch()
             await work.run(group)
-            return await work.commit()
+            summary = await work.commit()
         except BaseException:
             await work.salvage()
             raise
+        if options.tell_state:
+            state, _ = await together(work.state, work.attempt.end)
+            summary = replace(summary, state=state)
+        return summary
     raise AssertionError("a task group does not swallow what it did not cancel")
 
 
@@ -240,6 +251,14 @@ class _Backup:
             with contextlib.suppress(CoffretError):
                 await self.attempt.mirror.vouch(snapshot.header.catalog[:ID_BYTES])
         return BackupSummary(snapshot, self._counts, time.perf_counter_ns() - self._clock_ns)
+
+    async def state(self) -> str | None:
+        """The state of the repository after the commit: listed anew, others may have made snapshots meanwhile."""
+        try:
+            return self._repository.state_of((await self._repository.listed()).snapshots)
+        except ConnectorError as error:  # the backup is done
+            self._progress.note(f"the repository's state can't be told: {error}")
+            return None
 
     async def _commit_anew(self, header: SnapshotHeader, lost: LeaseLost) -> Snapshot:
         """Commit what this attempt has stored as a new one, or, if that is revoked too, as a third.
