@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -125,6 +126,31 @@ async def test_the_lease_can_t_be_deleted(source: Path, how: str) -> None:
         await opened.backup([bytes(source)], ONE_WORKER, recorder)
         assert await restores(storage, source)
     assert any("lease" in note for note in recorder.notes)
+
+
+async def test_a_backup_is_done_though_its_state_can_t_be_told(source: Path) -> None:
+    """Snapshots are listed for it once more, after the commit; the lease is taken away in any case."""
+    storage, recorder = Storage(), Recorder()
+    committed = False
+
+    async def fail(method: str, name: str) -> None:
+        if committed and method == "list":
+            raise ConnectionLost("gone")
+
+    async def after(method: str, name: str) -> None:
+        nonlocal committed
+        committed = committed or (method == "put" and name.startswith("snapshots/"))
+
+    telling = replace(ONE_WORKER, tell_state=True)
+    opened = await storage.open(FaultyConnector(storage.memory, before=fail, after=after))
+    summary = await opened.backup([bytes(source)], telling, recorder)
+    assert summary.state is None
+    assert [note for note in recorder.notes if "state can't be told: gone" in note]
+    assert not await storage.names("leases/")
+    assert await restores(storage, source)
+    opened = await storage.open()
+    summary = await opened.backup([bytes(source)], telling)
+    assert summary.state == opened.state_of((await opened.commits()).snapshots)
 
 
 async def test_a_revoked_writer_counts_anew(source: Path) -> None:

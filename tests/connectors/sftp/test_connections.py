@@ -192,6 +192,24 @@ class TestConnections:
         own = server.connector(tmp_path / "r")
         await own.close()
 
+    async def test_closing_waits_for_what_is_cleared_up_and_not_for_handles(
+        self, server: sshd.SSHServer, tmp_path: Path
+    ) -> None:
+        """The server closes those itself; a temporary file it would not remove."""
+        ended = []
+
+        async def work(name: str, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            ended.append(name)
+
+        async with created(server.connector(tmp_path / "r")) as connector:
+            session = await connector._connections.session(large=False)
+            session.release(work("handle", 3600))
+            session.later(work("file", 0.05))
+            with anyio.fail_after(60):
+                await connector.close()
+        assert ended == ["file"]
+
     async def test_latency_is_hidden(
         self, server: sshd.SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
