@@ -63,7 +63,8 @@ def command(session: Session, snapshots: tuple[str, ...], fast: bool, packs: boo
         shown = [f"{found.short_id}:{printable(path or common_path(found.header.roots))}" for found, path in targets]
         what = " ".join(shown) or session.location
         part = f"; {summary.packs_read} of {counted(summary.packs, 'pack')} were read" if subset is not None else ""
-        return _report(session, summary, f"check: verification of {what} completed successfully{part}")
+        success = f"check: verification of {what} completed successfully{part}"
+        return _report(session, summary, success, all_snapshots=not snapshots)
 
     return session.run(check_all_packs if packs else check, progress=True)
 
@@ -79,9 +80,9 @@ async def _targets(repository: Repository, texts: Sequence[str]) -> list[tuple[S
     return [*unique.values()]
 
 
-def _report(session: Session, summary: CheckSummary, success: str) -> int:
+def _report(session: Session, summary: CheckSummary, success: str, *, all_snapshots: bool = False) -> int:
     session.display.summary(
-        success if summary.clean else _damage(summary),
+        success if summary.clean else _damage(summary, all_snapshots=all_snapshots),
         clean=summary.clean,
         packs=summary.packs,
         packs_read=summary.packs_read,
@@ -98,7 +99,7 @@ def _report(session: Session, summary: CheckSummary, success: str) -> int:
     return 0 if summary.clean else DAMAGE_FOUND
 
 
-def _damage(summary: CheckSummary) -> str:
+def _damage(summary: CheckSummary, *, all_snapshots: bool) -> str:
     """The last line where there is damage: how much, and what to do next."""
     found = [
         counted(number, noun)
@@ -112,6 +113,8 @@ def _damage(summary: CheckSummary) -> str:
     ]
     if not found:
         return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
+    if summary.damaged_packs and len(found) == 1 and all_snapshots:
+        return f"check: found damage: {found[0]} that no snapshot needs; see to it by `coffret maintenance`"
     # Each host remembers for itself what it has found damaged: that is when its backups store it again.
     first = ""
     if any(name.startswith("index/") for name in summary.damaged_objects):

@@ -42,6 +42,7 @@ def command(session: Session, grace: str, exclusive: bool, dry_run: bool) -> int
             bytes_marked=summary.marked_bytes,
             bytes_to_copy=summary.to_copy_bytes,
             swept_packs=summary.swept_packs,
+            missing_packs=summary.missing_packs,
             bytes_freed=summary.freed_bytes,
             bytes_stored=summary.stored_bytes,
             merged_objects=summary.merged_objects,
@@ -69,6 +70,8 @@ def _told(summary: MaintenanceSummary, *, dry_run: bool) -> str:
     if summary.swept_packs:
         freed = format_size(max(0, summary.freed_bytes - summary.stored_bytes))
         done.append(f"swept {counted(summary.swept_packs, 'pack')}, {freed} freed")
+    if summary.missing_packs:
+        done.append(f"forgot {counted(summary.missing_packs, 'missing pack')} that no snapshot needs")
     if summary.damaged_packs:
         done.append(f"kept what can't be read of {counted(len(summary.damaged_packs), 'damaged pack')}, see `check`")
     if summary.merged_objects:

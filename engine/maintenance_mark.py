@@ -8,6 +8,7 @@ from anyio import to_thread
 
 from coffret.engine.maintenance_choice import PackUse, choose
 from coffret.engine.maintenance_dead import bury, find_dead
+from coffret.engine.maintenance_marks import MAX_PACKS
 from coffret.engine.maintenance_view import NAMED, UNNAMED
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import list_leases, list_objects
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Choice:
     """Choose packs by what is needed of them: only of attempts that have ended, and named by no other.
 
-    Of those that are known to be damaged only such as nothing needs: what is needed could not be copied.
+    Of those that are known to be damaged only such as nothing needs: what is needed could not be copied. Packs that are
+    missing hold nothing that is needed, or it could not be told what is: the index forgets them.
     """
-    named = await scene.named()
+    named, missing = await scene.named(), await scene.missing(MAX_PACKS)
     owners = await scene.owners(named)
     ended, bad = scene.ended, scene.attempt.mirror.bad_packs
 
@@ -38,6 +40,7 @@ async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Ch
             if live_bytes and pack in bad:
                 free = False
             yield PackUse(pack, size_bytes, live_bytes, free, bool(needs.catalogs[number]))
+        yield from (PackUse(pack, 0, 0, free=True) for pack in missing)
 
     return await to_thread.run_sync(lambda: choose(uses(), repository.config.pack_bytes))
 

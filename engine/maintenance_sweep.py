@@ -132,7 +132,7 @@ class Sweep(_Replacing):
     ) -> None:
         super().__init__(repository, attempt, progress)
         self._number, self._mark, self._limits = number, mark, limits
-        self.deleted_packs = self.deleted_bytes = self.stored_bytes = self.ended_attempts = 0
+        self.deleted_packs = self.deleted_bytes = self.stored_bytes = self.ended_attempts = self.missing_packs = 0
         self.damaged_packs: list[str] = []
 
     async def run(self) -> None:
@@ -156,6 +156,7 @@ class Sweep(_Replacing):
         there = [number for pack in doomed if (number := scene.packs.number(pack)) >= 0]
         await self._delete(pack_name(scene.packs[number][0]) for number in there)
         self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[number][1] for number in there)
+        self.missing_packs = len(doomed) - len(there)
         await put_done(self._connector, self._sealer, self._attempt.id, self._number)
         await self._put_swept()
 

@@ -20,7 +20,7 @@ from coffret.engine.packlist import PackList
 from coffret.engine.records import ATTEMPT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from coffret.connectors.base import ObjectInfo
     from coffret.engine.attempt import Attempt
@@ -134,16 +134,35 @@ class Scene:
         return await to_thread.run_sync(self._named)
 
     def _named(self) -> bytearray:
-        view, ended = self.view, {bytes.fromhex(attempt) for attempt in self.ended if len(attempt) == 32}
         named = bytearray([UNNAMED]) * len(self.packs)
+        for pack, state in self._mentions():
+            if (number := self.packs.number(pack)) >= 0:
+                named[number] = max(named[number], state)
+        return named
+
+    async def missing(self, most: int) -> list[bytes]:
+        """Packs, up to so many, that index objects of attempts that have ended name, and that are not there.
+
+        They are lost. Nobody has swept them since no mark was open: a sweep waits for this attempt.
+        """
+        return await to_thread.run_sync(self._missing, most)
+
+    def _missing(self, most: int) -> list[bytes]:
+        missing: dict[bytes, int] = {}
+        for pack, state in self._mentions():
+            if self.packs.number(pack) < 0 and (pack in missing or len(missing) < most):
+                missing[pack] = max(missing.get(pack, UNNAMED), state)
+        return [pack for pack, state in missing.items() if state == NAMED]
+
+    def _mentions(self) -> Iterator[tuple[bytes, int]]:
+        """Each pack that an index object names, NAMED or BUSY by that, as often as one does."""
+        view, ended = self.view, {bytes.fromhex(attempt) for attempt in self.ended if len(attempt) == 32}
         for run in view.runs:
             for at, span in enumerate(run.info.spans):
                 state = view.state(span)
                 for pack, header, _ in PACK.iter_unpack(run.packs(at)) if state else ():
-                    if (number := self.packs.number(pack)) >= 0:
-                        free = state == SURE and header[12 : 12 + ATTEMPT_BYTES] in ended
-                        named[number] = max(named[number], NAMED if free else BUSY)
-        return named
+                    free = state == SURE and header[12 : 12 + ATTEMPT_BYTES] in ended
+                    yield pack, NAMED if free else BUSY
 
     async def owners(self, named: bytearray) -> dict[int, str]:
         """The attempts that put the packs which no index object names, by number, as far as that can be told."""

@@ -67,14 +67,16 @@ class MaintenanceOptions:
 class MaintenanceSummary:
     """What was done. Of a dry run: what would be marked, or how many packs are marked already (`open_packs`).
 
-    `sweep_in_s`: how long until the open mark can be swept; None if there is none. `damaged_packs`: names of those
-    that were swept, and of which something that snapshots need could not be read; it is kept as it is.
+    `missing_packs`: how many of those marked were not there any more: the index forgets them. `sweep_in_s`: how long
+    until the open mark can be swept; None if there is none. `damaged_packs`: names of those that were swept, and of
+    which something that snapshots need could not be read; it is kept as it is.
     """
 
     marked_packs: int = 0
     marked_bytes: int = 0
     to_copy_bytes: int = 0
     swept_packs: int = 0
+    missing_packs: int = 0
     freed_bytes: int = 0
     stored_bytes: int = 0
     merged_objects: int = 0
@@ -260,6 +262,7 @@ class _Maintenance:
         sweep = Sweep(self._repository, attempt, number, marks.open[number], self._options.limits, self._progress)
         await sweep.run()
         self.summary.swept_packs += sweep.deleted_packs
+        self.summary.missing_packs += sweep.missing_packs
         self.summary.freed_bytes += sweep.deleted_bytes
         self.summary.stored_bytes += sweep.stored_bytes
         self.summary.ended_attempts += sweep.ended_attempts

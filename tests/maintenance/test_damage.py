@@ -17,6 +17,7 @@ from coffret.engine.ops.maintenance import MaintenanceOptions
 from coffret.engine.ops.repair import IndexRepairOptions, repair_index
 from coffret.engine.ops.rm import remove
 from coffret.engine.packfile import pack_name
+from coffret.engine.records import iter_refs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tests.attempts.storage import Storage
 
     from coffret.engine.repository import Repository
+    from coffret.engine.snapshot import Snapshot
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("closed_mirrors")]
 
@@ -119,6 +121,46 @@ async def test_it_is_sought_in_other_marked_packs(tmp_path: Path) -> None:
     assert (await (await storage.open()).check()).clean
 
 
+@pytest.mark.parametrize("how", ["missing", "cut short", "flipped"])
+async def test_what_nothing_needs_is_gone_for_good(tmp_path: Path, how: str) -> None:
+    """A check that names a pack for ever would hide the day on which something is lost."""
+    scene = await Scene(tmp_path).begin(slice(0, 3), slice(3, 6))
+    memory = scene.storage.memory
+    first, second = await scene.snapshots()
+    [pack] = await holding(scene, first)
+    await scene.remove(0)
+    body = await memory.get(pack)
+    if how == "missing":
+        await memory.delete(pack)
+    elif how == "cut short":
+        await memory.put(pack, [body[:1000]])
+    else:
+        await damage(scene.storage, pack)
+    checked = await (await scene.storage.open()).check()
+    assert (checked.damaged_packs, checked.damaged_snapshots) == ([pack], [])
+    marked = await scene.maintain(MaintenanceOptions(grace_s=3600))
+    assert pack in await marked_packs(scene.storage, scene.opened)
+    assert (await scene.maintain(MaintenanceOptions(grace_s=3600))).missing_packs == 0
+    scene.now_s += 3601
+    swept = await scene.maintain(MaintenanceOptions(grace_s=3600))
+    assert swept.missing_packs == (how == "missing")
+    assert swept.swept_packs + swept.missing_packs == marked.marked_packs
+    assert (await scene.maintain()).nothing
+    assert (await (await scene.storage.open()).check()).clean
+    assert await scene.restored(second) == b"".join(PIECES[3:6])
+    scene.whole()
+
+
+async def holding(scene: Scene, snapshot: Snapshot) -> set[str]:
+    """The packs of its content."""
+    packs = set()
+    async for _, entries in scene.opened.entries(snapshot, b"", recursive=True):
+        for entry in entries:
+            ids = [chunk_id for chunk_id, _ in iter_refs(entry.content)]
+            packs |= {pack_name(at.pack) for at in await scene.opened.mirror.locate(ids) if at}
+    return packs
+
+
 async def test_what_the_program_says(tmp_path: Path) -> None:
     """One line that names the pack, and an exit code; the day after all is as it should be but for that."""
     program, source = Program(tmp_path), tmp_path / "source"
@@ -147,3 +189,20 @@ async def test_what_the_program_says(tmp_path: Path) -> None:
 
 async def bad_packs(storage: Storage) -> frozenset[bytes]:
     return frozenset(bytes.fromhex(name.rpartition("/")[2]) for name in await storage.names("packs/"))
+
+
+async def test_what_the_program_says_of_what_nothing_needs(tmp_path: Path) -> None:
+    program, source = Program(tmp_path), tmp_path / "source"
+    program("create", "--no-encryption")
+    source.mkdir()
+    for _ in range(2):
+        (source / "file").write_bytes(os.urandom(200_000))
+        program("backup", source)
+        if not (packs := [*(program.repository / "packs").glob("*/*")])[2:]:
+            lost = max(packs, key=lambda path: path.stat().st_size)
+    program("rm", program("ls", "--json").of_type("item")[0]["snapshot_id"])
+    lost.unlink()
+    told = program("check", code=4).stdout
+    assert told == "check: found damage: 1 pack that no snapshot needs; see to it by `coffret maintenance`\n"
+    assert "forgot 1 missing pack that no snapshot needs" in program("maintenance", "--grace", "0").stdout
+    assert program("check").stdout.endswith("completed successfully\n")
