@@ -1,8 +1,8 @@
 """The whole campaign: `PYTHONPATH=.pkg:. python -m tests.crash [SECONDS [STORAGE|power]...]`.
 
 Every command on every storage, or on those named, dies at each of its calls in each way there is; and `power`: power is
-lost at each moment of every command on a folder. They share the time, and go in random order, so that a short campaign
-tries some of everything. Prints what was tried.
+lost at each moment of every command on a folder: first with nothing left but what was fsynced, then in other ways. They
+share the time, and go in random order, so that a short campaign tries some of everything. Prints what was tried.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,16 +45,16 @@ def main() -> None:
         with Runner() as runner, tempfile.TemporaryDirectory(prefix="coffret-crash-") as folder:
             campaign = Campaign(runner, Path(folder), "local" if what == POWER else what)
             parts = _losses(campaign, Path(folder)) if what == POWER else [_deaths(campaign)]
-            share_s = seconds / len(whats) / len(parts)
+            end = time.monotonic() + seconds / len(whats)
             try:
-                for part in parts:
-                    _try(part, share_s)
+                for number, part in enumerate(parts):
+                    now = time.monotonic()  # what one leaves of its share is for those after it
+                    _try(part, now + (end - now) / (len(parts) - number))
             finally:
                 print(told(what, campaign.tally), flush=True)
 
 
-def _try(part: Iterable[Try], share_s: float) -> None:
-    end = time.monotonic() + share_s
+def _try(part: Iterable[Try], end: float) -> None:
     for what, attempt in part:
         if time.monotonic() > end:
             print(f"left out, for want of time: {what}, and more")
@@ -73,7 +74,7 @@ def _deaths(campaign: Campaign) -> Iterator[Try]:
 
 def _losses(campaign: Campaign, folder: Path) -> list[Iterator[Try]]:
     def during(name: str) -> Iterator[Loss]:
-        yield from _shuffled([*losses(campaign, name, folder / "log", f"{SEED}")])
+        yield from _by_turns(losses(campaign, name, folder / "log", f"{SEED}"))
 
     def after_deaths(name: str) -> Iterator[Loss]:
         points = [point for point in campaign.points(name) if point[1] != DONE]
@@ -83,7 +84,18 @@ def _losses(campaign: Campaign, folder: Path) -> list[Iterator[Try]]:
         for number, tree, reported in found:
             yield f"{name} {number}", partial(campaign.after_loss, name, number, tree, reported)
 
-    return [tries(name, find(name)) for name in SCENES for find in (during, after_deaths)]
+    # Those with the most moments last.
+    return [tries(name, find(name)) for find in (after_deaths, during) for name in reversed(SCENES)]
+
+
+def _by_turns(found: Iterable[Loss]) -> list[Loss]:
+    """The first state of each moment, the poorest, then the second of each."""
+    turns = Counter[int]()
+    ranked: list[tuple[int, Loss]] = []
+    for loss in found:
+        ranked.append((turns[loss[0]], loss))
+        turns[loss[0]] += 1
+    return [loss for _, loss in sorted(_shuffled(ranked), key=itemgetter(0))]
 
 
 def _shuffled(found: list[T]) -> list[T]:
