@@ -28,13 +28,29 @@ __all__ = ["CREDENTIALS", "S3Server", "forgive_uvloop", "free_port", "make_certi
 
 
 class S3Server(Versitygw):
-    """One server on a free port of this host, with its objects as files below `folder`/buckets."""
+    """One server on a free port of this host, with its objects as files below `folder`/buckets.
+
+    With a `domain` it takes what stands before that in the name of a host for a bucket.
+    """
 
     def __init__(
-        self, folder: Path, *, tls: bool = False, region: str = "us-east-1", objects: Path | None = None
+        self,
+        folder: Path,
+        *,
+        tls: bool = False,
+        region: str = "us-east-1",
+        objects: Path | None = None,
+        domain: str | None = None,
     ) -> None:
         certificate = (folder / "server.pem", folder / "server.key")
-        super().__init__(folder, buckets=objects or folder / "buckets", region=region, tls=certificate if tls else ())
+        super().__init__(
+            folder,
+            buckets=objects or folder / "buckets",
+            region=region,
+            tls=certificate if tls else (),
+            more=("--virtual-domain", domain) if domain else (),
+        )
+        self.host = domain or "127.0.0.1"
         self.scheme = "s3" if tls else "s3+http"
         self.ca = folder / "ca.pem"
         if tls and not self.ca.exists():
@@ -64,15 +80,15 @@ class S3Server(Versitygw):
         if self.scheme == "s3":
             forgive_uvloop()
         options = options if options is not None else {"ca": str(self.ca)} if self.scheme == "s3" else {}
-        place = parse_location(f"{self.scheme}://127.0.0.1:{port or self.port}/{bucket}", options)
+        place = parse_location(f"{self.scheme}://{self.host}:{port or self.port}/{bucket}", options)
         return S3Connector(place, credentials=credentials, **others)
 
 
 @functools.cache
-def shared_server(*, tls: bool) -> S3Server:
+def shared_server(*, tls: bool, domain: str | None = None) -> S3Server:
     """A server for all tests that don't kill it; each has a bucket of its own."""
     folder = Path(tempfile.mkdtemp(prefix="coffret-test-s3-"))
-    server = S3Server(folder, tls=tls)
+    server = S3Server(folder, tls=tls, domain=domain)
     # Handlers run the last one first: the server ends before its folder goes.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server.start()

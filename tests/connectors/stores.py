@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sqlite3
 import tempfile
 from abc import ABC, abstractmethod
@@ -174,6 +175,33 @@ class S3TLSStore(S3Store):
     tls = True
 
 
+class S3VirtualStore(S3Store):
+    """The same where the bucket stands before the host, by names that lead here in this process alone."""
+
+    _domain = "s3.coffret.test"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._server = shared_server(tls=False, domain=self._domain)
+        self.path = self._server.buckets / self._bucket / "some" / "prefix"
+        self._resolve, socket.getaddrinfo = socket.getaddrinfo, self._resolved
+        self.asked: set[str] = set()
+
+    def connector(self) -> Connector:
+        return self._server.connector(f"{self._bucket}/some/prefix", options={"path-style": "false"})
+
+    def remove(self) -> None:
+        socket.getaddrinfo = self._resolve
+        super().remove()
+        assert self.asked <= {f"{self._bucket}.{self._domain}"}
+
+    def _resolved(self, host: Any, *arguments: Any, **more: Any) -> Any:
+        if str(host).endswith(self._domain):
+            self.asked.add(host)
+            host = "127.0.0.1"
+        return self._resolve(host, *arguments, **more)
+
+
 class SFTPStore(LocalStore):
     """The SFTP connector, by the folder on the same host."""
 
@@ -229,6 +257,6 @@ class HTTPTLSStore(HTTPStore):
 
 # A new connector joins the suite here.
 STORES: list[type[Store]] = [
-    MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, SFTPStore, SFTPChrootStore,
+    MemoryStore, LocalStore, TmpfsStore, SQLiteStore, S3Store, S3TLSStore, S3VirtualStore, SFTPStore, SFTPChrootStore,
     HTTPStore, HTTPTLSStore,
 ]  # fmt: skip
