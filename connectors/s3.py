@@ -131,12 +131,14 @@ class S3Connector(PieceReader):
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         start = self.place.prefix + valid_prefix(prefix)
         page: Answer = {"IsTruncated": True}
+        last = ""  # one that is replaced meanwhile some servers (rclone's) list twice in a row
         while page.get("IsTruncated"):
             following = {"ContinuationToken": page["NextContinuationToken"]} if len(page) > 1 else {}
             page = await self._list(Prefix=start, **following)
             for entry in page.get("Contents", ()):
                 name = entry["Key"][len(self.place.prefix) :]
-                if NAME.fullmatch(name):
+                if NAME.fullmatch(name) and name != last:
+                    last = name
                     yield _info(name, entry["Size"], entry["LastModified"])
 
     async def stat(self, name: str) -> ObjectInfo:

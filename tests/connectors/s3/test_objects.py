@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coffret.connectors.s3 import S3Connector
+    from coffret.connectors.s3client import Answer
 
 
 pytestmark = pytest.mark.anyio
@@ -94,6 +95,21 @@ class TestCreate:
 
 
 class TestLists:
+    async def test_an_object_that_is_listed_twice(
+        self, connector: S3Connector, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As rclone's server does with one that is replaced meanwhile."""
+        for name in ("leases/a", "leases/b"):
+            await connector.put(name, [b"1"])
+        ask = connector._list
+
+        async def doubled(**arguments: object) -> Answer:
+            page = await ask(**arguments)
+            return page | {"Contents": [entry for entry in page["Contents"] for _ in range(2)]}
+
+        monkeypatch.setattr(connector, "_list", doubled)
+        assert await listed(connector) == ["leases/a", "leases/b"]
+
     async def test_more_than_a_page(self, server: S3Server, bucket: str, connector: S3Connector) -> None:
         folder = server.buckets / bucket / "packs"
         names = [f"packs/{number % 256:02x}/{number:06}" for number in range(3456)]
