@@ -114,12 +114,21 @@ def _damage(summary: CheckSummary, *, all_snapshots: bool) -> str:
     if not found:
         return f"check: {counted(len(summary.missing_snapshots), 'snapshot')} not as before: see the warning"
     if summary.damaged_packs and len(found) == 1 and all_snapshots:
-        return f"check: found damage: {found[0]} that no snapshot needs; see to it by `coffret maintenance`"
+        return f"check: found damage: {found[0]}, and nothing is lost by it; `coffret maintenance` takes it away"
+    names = summary.damaged_objects
+    first = []
+    if any(name.startswith("trash/") for name in names):
+        first += ["`coffret maintenance`", "`coffret repair index`"]
+    elif any(name.startswith("index/") for name in names):
+        first.append("`coffret repair index`")
+    if any(name.startswith("removed/") for name in names):
+        first.append("`coffret rm` of the snapshots that are named again")
+    if first and not (summary.damaged_packs or summary.damaged_snapshots):
+        return f"check: found damage: {', '.join(found)}; run {', then '.join(first)}"
+    before = f"run {', then '.join(first)}; then " if first else ""
     # Each host remembers for itself what it has found damaged: that is when its backups store it again.
-    first = ""
-    if any(name.startswith("index/") for name in summary.damaged_objects):
-        first = "run `coffret repair index`, then "
     return (
-        f"check: found damage: {', '.join(found)}; {first}run `coffret check`, then `coffret backup` on the hosts "
-        "whose files are damaged: it stores again what is still there; `coffret repair snapshots` saves what is whole"
+        f"check: found damage: {', '.join(found)}; {before}run `coffret check`, then `coffret backup` on the hosts "
+        "whose files are damaged: it stores again what is still there, as `coffret sync` does from a copy; `coffret "
+        "repair snapshots` saves what is whole"
     )

@@ -47,6 +47,8 @@ def index(session: Session, everything: bool, dry_run: bool, exclusive: bool) ->
                 f"left alone, since marked for removal: {counted(summary.left, 'pack')}; if the index was lost since"
                 " they were marked, say --exclusive while nobody else is at work"
             )
+        if summary.renewed:
+            session.display.note(f"put anew, since what they say is over: {', '.join(summary.renewed)}")
         did = "would index" if dry_run else "indexed"
         bad = f"; {counted(len(summary.damaged_packs), 'pack')} can't be read" if summary.damaged_packs else ""
         session.display.summary(
@@ -58,6 +60,7 @@ def index(session: Session, everything: bool, dry_run: bool, exclusive: bool) ->
             chunks=summary.chunks,
             damaged_packs=summary.damaged_packs,
             dropped_objects=summary.dropped,
+            renewed_objects=summary.renewed,
             dry_run=dry_run,
             duration_s=session.display.elapsed_s,
         )

@@ -25,7 +25,7 @@ def command(session: Session, snapshots: tuple[str, ...], dry_run: bool) -> int:
             raise UsageError(f"{text}: a part of a snapshot can't be removed", remedy="name whole snapshots")
 
     async def rm() -> int:
-        from coffret.engine.ops.rm import remove, resolve
+        from coffret.engine.ops.rm import remove, renew, resolve
 
         async with session.repository("coffret.engine.ops.rm") as repository:
             found, gone = resolve(await repository.commits(), snapshots)
@@ -36,6 +36,8 @@ def command(session: Session, snapshots: tuple[str, ...], dry_run: bool) -> int:
                     show_snapshot(session, snapshot)
             if not dry_run:
                 await remove(repository, found)
+                if renewed := await renew(repository, gone):
+                    session.display.note(f"{counted(renewed, 'damaged record')} of that put anew")
         session.display.summary(
             f"rm: {'would remove' if dry_run else 'removed'} {counted(len(found), 'snapshot')}",
             removed=len(found),

@@ -283,8 +283,8 @@ def derive(parameters: KdfParameters, passphrase: bytes) -> DerivedKeys:
     :raises CoffretError: if that takes more memory than there is, or than any slot may ask for
     """
     salt, cost = parameters
-    if not _is_sane(cost):
-        raise CoffretError(f"absurd memory or time to derive a key: {cost.memory_kib} KiB × {cost.passes}")
+    if len(salt) != SALT_BYTES or not _is_sane(cost):
+        raise CoffretError(f"a key derivation with absurd parameters: {cost.memory_kib} KiB × {cost.passes}")
     derivation = Argon2id(
         salt=salt, length=2 * KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib
     )

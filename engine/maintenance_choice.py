@@ -1,6 +1,6 @@
 """Choose: which packs to sweep, by what is needed of each; pure.
 
-1. Packs of which nothing is needed.
+1. Packs of which nothing is needed, and such as are damaged where nothing is.
 2. Those with the largest share of garbage, as long as more than MAX_UNUSED of all that is needed lies unused: what is
    needed of them is copied. So the space that removed snapshots took comes back, all but 3 %, and no pack is copied for
    a garbage that does not matter. (restic allows 5 % unless told otherwise.)
@@ -32,13 +32,17 @@ _FIXED_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class PackUse:
-    """A pack: its size, how much of that is needed, whether it may be chosen, and whether it holds catalogs."""
+    """A pack: its size, how much of that is needed, whether it may be chosen, and whether it holds catalogs.
+
+    `hurt`: it is damaged where nothing is needed.
+    """
 
     pack: bytes
     size_bytes: int
     live_bytes: int
     free: bool
     meta: bool = False
+    hurt: bool = False
 
     @property
     def unused_bytes(self) -> int:
@@ -61,6 +65,7 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
     # Of the others only those are held that may be chosen. Packs that may not do not count: no other makes up for them.
     worst: list[PackUse] = []
     small: list[PackUse] = []
+    hurt: list[PackUse] = []
     unused_bytes = live_bytes = copied = 0
     for use in packs:
         live_bytes += use.live_bytes
@@ -68,6 +73,9 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
             continue
         if not use.live_bytes:
             chosen += [use] if len(chosen) < max_packs else []
+            continue
+        if use.hurt:
+            hurt.append(use)
             continue
         unused_bytes += use.unused_bytes
         if use.unused_bytes > MAX_UNUSED * use.live_bytes:
@@ -83,6 +91,8 @@ def choose(packs: Iterable[PackUse], pack_bytes: int, *, max_packs: int = MAX_PA
         copied += use.live_bytes
         return True
 
+    for use in hurt:
+        take(use)
     taken = set()
     for use in sorted(worst, key=lambda use: (-use.unused_bytes / use.size_bytes, use.pack)):
         if unused_bytes <= MAX_UNUSED * live_bytes or not take(use):

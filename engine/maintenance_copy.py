@@ -44,7 +44,7 @@ COPIES_AT_ONCE = 50_000
 
 
 @dataclass(slots=True)
-class _Wanted:
+class Wanted:
     """A block, and what is wanted of it: where in it, which chunk, how long; `meta`: of a catalog."""
 
     location: Location
@@ -123,7 +123,7 @@ class Copier:
         with self._outbox as outbox:
             iterator = iter(groups)
             while (found := await to_thread.run_sync(next, iterator, None)) is not None:
-                wanted = await to_thread.run_sync(_by_block, found)
+                wanted = await to_thread.run_sync(by_block, found)
                 gap_bytes = self._repository.connector.capabilities.coalesce_gap_bytes
                 parts = iter(coalesce([each.location for each in wanted.values()], gap_bytes))
                 async with anyio.create_task_group() as readers:
@@ -133,7 +133,7 @@ class Copier:
                 await outbox.send(block)
 
     async def _ranges(
-        self, parts: Iterator[Range], wanted: dict[tuple[bytes, int], _Wanted], outbox: Sender[RawBlock]
+        self, parts: Iterator[Range], wanted: dict[tuple[bytes, int], Wanted], outbox: Sender[RawBlock]
     ) -> None:
         """One of several readers, which take ranges in turn."""
         for part in parts:
@@ -141,7 +141,7 @@ class Copier:
             for location in part.blocks:
                 each = wanted[location.pack, location.offset]
                 try:
-                    block, chunks = await to_thread.run_sync(self._open, part, data, each)
+                    block, chunks = await to_thread.run_sync(open_wanted, self._fetcher, part, data, each)
                 except Damaged as error:
                     block, chunks = None, await self._sought(each, str(error))
                 self._progress.size_bytes += sum(length for _, _, length in each.chunks)
@@ -151,7 +151,7 @@ class Copier:
                     for full in self._gather.add(each.meta, chunk_id, content):
                         await outbox.send(full)
 
-    async def _sought(self, wanted: _Wanted, reason: str) -> list[tuple[bytes, bytes]]:
+    async def _sought(self, wanted: Wanted, reason: str) -> list[tuple[bytes, bytes]]:
         """What can be had of a damaged block all the same, here or from another pack; the rest is kept as it is."""
         found, lost = [], []
         for inner, chunk_id, length in wanted.chunks:
@@ -165,38 +165,41 @@ class Copier:
             await self.damaged.keep(wanted.location, lost, reason)
         return found
 
-    def _open(self, part: Range, data: bytes, wanted: _Wanted) -> tuple[RawBlock | None, list[tuple[bytes, bytes]]]:
-        """A block as it is to be sealed, if all of it is wanted; else the chunks that are. For threads.
 
-        :raises Damaged: if it is
-        """
-        location = wanted.location
-        at = location.offset - part.begin
-        stored = memoryview(data)[at : at + location.stored_bytes]
-        if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
-            raise Damaged("a block is larger or compressed otherwise than any that is made")
-        body = self._fetcher.cipher(location.header).open(stored, location.offset)
-        raw = decompress(body, location.raw_bytes) if location.codec == ZSTD else body
-        if len(raw) != location.raw_bytes:
-            raise Damaged("a block has another length than its table says")
-        end, whole, chunks = 0, True, []
-        for inner, chunk_id, length in wanted.chunks:
-            content = bytes(raw[inner : inner + length])
-            if blake3(content, key=self._fetcher.id_key).digest() != chunk_id:
-                raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
-            whole, end = whole and inner == end, inner + length
-            chunks.append((chunk_id, content))
-        if not whole or end != len(raw):
-            return None, chunks
-        refs = b"".join(pack_ref(chunk_id, len(content)) for chunk_id, content in chunks)
-        return RawBlock(wanted.meta, [], [refs], len(raw), packed=body, codec=location.codec), []
-
-
-def _by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], _Wanted]:
+def by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], Wanted]:
     """What is wanted, by block, in order; a block counts as one of a catalog if anything wanted of it is."""
-    blocks: dict[tuple[bytes, int], _Wanted] = {}
+    blocks: dict[tuple[bytes, int], Wanted] = {}
     for chunk_id, location, meta in sorted(found, key=lambda each: (each[1].pack, each[1].offset, each[1].inner)):
-        block = blocks.setdefault((location.pack, location.offset), _Wanted(location, meta))
+        block = blocks.setdefault((location.pack, location.offset), Wanted(location, meta))
         block.meta = block.meta or meta
         block.chunks.append((location.inner, chunk_id, location.length))
     return blocks
+
+
+def open_wanted(
+    fetcher: Fetcher, part: Range, data: bytes, wanted: Wanted
+) -> tuple[RawBlock | None, list[tuple[bytes, bytes]]]:
+    """A block as it is to be sealed, if all of it is wanted; else the chunks that are. For threads.
+
+    :raises Damaged: if it is
+    """
+    location = wanted.location
+    at = location.offset - part.begin
+    stored = memoryview(data)[at : at + location.stored_bytes]
+    if location.raw_bytes > MAX_RAW_BYTES or location.codec not in (RAW, ZSTD):
+        raise Damaged("a block is larger or compressed otherwise than any that is made")
+    body = fetcher.cipher(location.header).open(stored, location.offset)
+    raw = decompress(body, location.raw_bytes) if location.codec == ZSTD else body
+    if len(raw) != location.raw_bytes:
+        raise Damaged("a block has another length than its table says")
+    end, whole, chunks = 0, True, []
+    for inner, chunk_id, length in wanted.chunks:
+        content = bytes(raw[inner : inner + length])
+        if blake3(content, key=fetcher.id_key).digest() != chunk_id:
+            raise Damaged(f"chunk {chunk_id.hex()[:16]} does not have its id")
+        whole, end = whole and inner == end, inner + length
+        chunks.append((chunk_id, content))
+    if not whole or end != len(raw):
+        return None, chunks
+    refs = b"".join(pack_ref(chunk_id, len(content)) for chunk_id, content in chunks)
+    return RawBlock(wanted.meta, [], [refs], len(raw), packed=body, codec=location.codec), []

@@ -9,6 +9,7 @@ from anyio import to_thread
 from coffret.engine.maintenance_choice import PackUse, choose
 from coffret.engine.maintenance_dead import bury, find_dead
 from coffret.engine.maintenance_marks import MAX_PACKS
+from coffret.engine.maintenance_sound import sound_packs
 from coffret.engine.maintenance_view import NAMED, UNNAMED
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import list_leases, list_objects
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Choice:
     """Choose packs by what is needed of them: only of attempts that have ended, and named by no other.
 
-    Of those that are known to be damaged only such as nothing needs: what is needed could not be copied. Packs that are
-    missing hold nothing that is needed, or it could not be told what is: the index forgets them.
+    Of those that are known to be damaged (which `needs` takes for doomed) all of which what is needed can be copied.
+    Packs that are missing hold nothing that is needed, or it could not be told what is: the index forgets them.
     """
+    fetcher = repository.fetcher(scene.attempt.mirror, strict=True)
+    sound = await sound_packs(repository, fetcher, needs)
     named, missing = await scene.named(), await scene.missing(MAX_PACKS)
     owners = await scene.owners(named)
     ended, bad = scene.ended, scene.attempt.mirror.bad_packs
@@ -37,9 +40,9 @@ async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Ch
         for number, (pack, size_bytes, _) in enumerate(scene.packs):
             live_bytes = needs.live[number]
             free = named[number] == NAMED or (named[number] == UNNAMED and owners.get(number) in ended)
-            if live_bytes and pack in bad:
+            if live_bytes and pack in bad and pack not in sound:
                 free = False
-            yield PackUse(pack, size_bytes, live_bytes, free, bool(needs.catalogs[number]))
+            yield PackUse(pack, size_bytes, live_bytes, free, bool(needs.catalogs[number]), hurt=pack in sound)
         yield from (PackUse(pack, 0, 0, free=True) for pack in missing)
 
     return await to_thread.run_sync(lambda: choose(uses(), repository.config.pack_bytes))

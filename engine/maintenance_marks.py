@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import anyio
+from blake3 import blake3
 
 from coffret.connectors.errors import AlreadyExists
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged
-from coffret.engine.objects import MAX_MARK_BYTES, list_leases, list_objects, put_once, read_listed
+from coffret.engine.objects import MAX_MARK_BYTES, batches, list_leases, list_objects, put_once, read_listed
 from coffret.engine.records import (
     ATTEMPT_BYTES,
     ID_BYTES,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 MAX_PACKS = (MAX_MARK_BYTES - 4096) // ID_BYTES
 _NAME = re.compile(r"trash/(\d{1,15})(-seen|-done)?")
 _ATTEMPT = re.compile(r"[0-9a-f]{32}")
+_READ_AT_ONCE = 16
 
 
 @dataclass(slots=True)
@@ -68,11 +73,14 @@ async def read_mark(connector: Connector, sealer: Sealer, info: ObjectInfo) -> f
 
     :raises Damaged: if it is not what was stored
     """
-    _, payload = sealer.open(sealing.MARK, info.name, await read_listed(connector, info, MAX_MARK_BYTES))
     try:
+        _, payload = sealer.open(sealing.MARK, info.name, await read_listed(connector, info, MAX_MARK_BYTES))
         return frozenset(_split(decode_mark(payload).packs, ID_BYTES))
-    except UNDECODABLE as error:
-        raise Damaged(f"{info.name}: {error}") from None
+    except (Damaged, *UNDECODABLE) as error:
+        raise Damaged(
+            f"{info.name}, which names packs to be swept, can't be read: {str(error).removeprefix(f'{info.name}: ')}",
+            remedy="run `coffret at REPO maintenance` (with --grace 0 if nobody else is at work on it): that ends it",
+        ) from None
 
 
 async def put_mark(connector: Connector, sealer: Sealer, attempt: bytes, number: int, packs: Iterable[bytes]) -> bool:
@@ -80,26 +88,63 @@ async def put_mark(connector: Connector, sealer: Sealer, attempt: bytes, number:
     return await _put(connector, sealer, attempt, f"trash/{number}", Mark(b"".join(sorted(packs))))
 
 
-async def record_seen(connector: Connector, sealer: Sealer, attempt: bytes, number: int) -> frozenset[str]:
-    """The attempts (hexadecimal) that held a lease after the mark was put: listed now, unless they were before.
+async def record_seen(connector: Connector, sealer: Sealer, attempt: bytes, mark: ObjectInfo) -> frozenset[str]:
+    """The attempts (hexadecimal) that held a lease after a mark was put: listed now, unless they were before.
 
-    :raises Damaged: if what was recorded before is not what was stored
+    What was recorded before and can't be read, or is of another mark, is replaced: any listing will do that follows
+    the mark, since who held a lease and has ended since is known by its end.
     """
-    name = f"trash/{number}-seen"
+    name = f"{mark.name}-seen"
+    digest = blake3(await read_listed(connector, mark, MAX_MARK_BYTES)).digest()
     at_work = [bytes.fromhex(lease) for lease in sorted(await list_leases(connector)) if _ATTEMPT.fullmatch(lease)]
-    if await _put(connector, sealer, attempt, name, Seen(b"".join(at_work))):
-        return frozenset(each.hex() for each in at_work)
-    data = await read_listed(connector, await connector.stat(name), MAX_MARK_BYTES)
-    try:
-        attempts = decode_seen(sealer.open(sealing.MARK, name, data)[1]).attempts
-    except UNDECODABLE as error:
-        raise Damaged(f"{name}: {error}") from None
-    return frozenset(each.hex() for each in _split(attempts, ATTEMPT_BYTES))
+    seen = Seen(b"".join(at_work), digest)
+    if not await _put(connector, sealer, attempt, name, seen):
+        with suppress(Damaged, *UNDECODABLE):
+            data = await read_listed(connector, await connector.stat(name), MAX_MARK_BYTES)
+            before = decode_seen(sealer.open(sealing.MARK, name, data)[1])
+            if before.mark in (digest, b""):  # there are older ones that do not say
+                return frozenset(each.hex() for each in _split(before.attempts, ATTEMPT_BYTES))
+        await _put_over(connector, sealer, attempt, name, seen)
+    return frozenset(each.hex() for each in at_work)
 
 
 async def put_done(connector: Connector, sealer: Sealer, attempt: bytes, number: int) -> None:
     """End a mark; no error if someone else was first."""
     await _put(connector, sealer, attempt, f"trash/{number}-done", Done(time.time_ns()))
+
+
+async def renew_ended(connector: Connector, sealer: Sealer, attempt: bytes, *, dry_run: bool = False) -> list[str]:
+    """Put empty records over those of marks that are over and can't be read: of these the names alone count.
+
+    Returns the names.
+    """
+    listed = {info.name: info for info in await list_objects(connector, "trash/")}
+    bad: list[str] = []
+
+    async def look(info: ObjectInfo) -> None:
+        try:
+            sealer.open(sealing.MARK, info.name, await read_listed(connector, info, MAX_MARK_BYTES))
+        except Damaged:
+            bad.append(info.name)
+
+    over = [
+        info for name, info in listed.items() if _NAME.fullmatch(name) and f"{name.partition('-')[0]}-done" in listed
+    ]
+    for batch in batches(iter(over), _READ_AT_ONCE):
+        async with anyio.create_task_group() as group:
+            for info in batch:
+                group.start_soon(look, info)
+    for name in [] if dry_run else bad:
+        kind = name.partition("-")[2]
+        records: dict[str, Mark | Seen | Done] = {"": Mark(b""), "seen": Seen(b""), "done": Done(time.time_ns())}
+        await _put_over(connector, sealer, attempt, name, records[kind])
+    return sorted(bad)
+
+
+async def _put_over(
+    connector: Connector, sealer: Sealer, attempt: bytes, name: str, record: Mark | Seen | Done
+) -> None:
+    await connector.put(name, [sealer.seal(sealing.MARK, name, attempt, encode(record))])
 
 
 async def _put(connector: Connector, sealer: Sealer, attempt: bytes, name: str, record: Mark | Seen | Done) -> bool:

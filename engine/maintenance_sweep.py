@@ -17,7 +17,7 @@ from coffret.engine.known import KnownChunks
 from coffret.engine.maintenance_copy import COPIES_AT_ONCE, Copier
 from coffret.engine.maintenance_dead import make_way
 from coffret.engine.maintenance_index import TableMerge
-from coffret.engine.maintenance_marks import put_done, read_mark
+from coffret.engine.maintenance_marks import MAX_PACKS, put_done, read_mark
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, batches, read_listed
@@ -144,6 +144,7 @@ class Sweep(_Replacing):
         if found is None:
             return
         needs, naming = found
+        self.missing_packs = len(doomed.intersection(await scene.missing(MAX_PACKS)))
         writer = await self._writer()
         before = progress.stored_bytes
         if any(needs.copies):
@@ -156,7 +157,6 @@ class Sweep(_Replacing):
         there = [number for pack in doomed if (number := scene.packs.number(pack)) >= 0]
         await self._delete(pack_name(scene.packs[number][0]) for number in there)
         self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[number][1] for number in there)
-        self.missing_packs = len(doomed) - len(there)
         await put_done(self._connector, self._sealer, self._attempt.id, self._number)
         await self._put_swept()
 

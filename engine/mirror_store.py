@@ -24,6 +24,7 @@ import xxhash
 from coffret.engine.errors import CoffretError, OutOfSpace
 from coffret.engine.mirror_fold import FreshRuns, fold, runs_to_fold
 from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
+from coffret.engine.state import make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
@@ -88,7 +89,7 @@ class Store:
         self._runs: dict[bytes, Run] = {}
         # What the manifest file held when it was last read or written: most changes find it as they left it.
         self._known: tuple[bytes, Manifest] = (b"", self._empty())
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "not writable", str(folder))
 
@@ -250,7 +251,7 @@ class Store:
 
     def _lock(self) -> Generator[None, None, int]:
         """Wait for the lock, without blocking longer than a poll; the descriptor returned holds it."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed under us
+        make_private(self.folder)  # it may have been removed under us
         lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         until = time.monotonic() + LOCK_WAIT_S
         try:

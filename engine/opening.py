@@ -6,6 +6,7 @@ async with open_repository("/var/backups", passphrase=lambda: b"…") as reposit
 
 from __future__ import annotations
 
+import re
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from coffret.engine.state import SlotHint
     from coffret.engine.storecache import StoreCache
 
+_STATE = re.compile("[0-9a-fA-F]{32}")
+
 
 @asynccontextmanager
 async def open_repository(
@@ -49,13 +52,17 @@ async def open_repository(
     they are listed while the key is derived. `transfers`: for what will move much, so that connections are ready then.
 
     :raises NoRepository: if there is none
-    :raises UsageError: if it has no encryption, and that is asked for
+    :raises UsageError: if it has no encryption, and that is asked for, or if what is expected is no state
     :raises WrongPassphrase: if the passphrase opens nothing, or none is given
     :raises RepositoryChanged: if it is not the one that was at this location before, or not in the state expected
     """
     from coffret.engine.mirror import Mirror, mirror_folder
 
     options = options or OpenOptions()
+    if options.expect_state is not None and not _STATE.fullmatch(options.expect_state.strip()):
+        raise UsageError(
+            f"{options.expect_state!r} is no state of a repository", remedy="give the 32 digits that `backup -v` told"
+        )
     passphrase = cache(passphrase) if passphrase else None  # one that is read from a pipe is there once
     async with bare_storage(url, options) as connector:
         if transfers:
@@ -88,9 +95,8 @@ async def open_repository(
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = check_pins(connector, data, options, writing=writing)
-            if slot_id != hint.slot and isinstance(keyring, Keyring):
-                hint = _hint(slot_id, keyring.live[slot_id])
-                await to_thread.run_sync(state.remember_slot, connector.location, hint, options.state_dir)
+            if slot_id and isinstance(keyring, Keyring) and hint != (known := _hint(slot_id, keyring.live[slot_id])):
+                await to_thread.run_sync(state.remember_slot, connector.location, known, options.state_dir)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
                 notes.append(f"no local cache is kept: {mirror.why_private}")

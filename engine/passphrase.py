@@ -34,8 +34,11 @@ def passphrase_is_set(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
 
 
 def passphrase_is_at_hand(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
-    """Whether it is there without a command, which may ask for it on the terminal."""
-    return passphrase_is_set(env, prefix) and f"{prefix}_COMMAND" not in env
+    """Whether it can be had at once: a command may ask for it on the terminal, and a pipe may be empty still."""
+    plain, file, command = passphrase_variables(prefix)
+    if command in env:
+        return False
+    return plain in env or (file in env and os.path.isfile(env[file]))
 
 
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:

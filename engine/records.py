@@ -136,9 +136,13 @@ class Mark(msgspec.Struct):
 
 
 class Seen(msgspec.Struct):
-    """`trash/<n>-seen`: the attempts that held a lease after the mark was put, one behind the other."""
+    """`trash/<n>-seen`: the attempts that held a lease after the mark was put, one behind the other.
+
+    `mark`: BLAKE3 of that mark's object. A mark that the storage lost gives its number to another.
+    """
 
     attempts: bytes
+    mark: bytes = b""
 
 
 class Done(msgspec.Struct):

@@ -19,6 +19,7 @@ from coffret.engine.errors import Damaged
 from coffret.engine.footers import read_footer
 from coffret.engine.index import IndexWriter, covered, open_index
 from coffret.engine.known import KnownChunks
+from coffret.engine.maintenance_marks import renew_ended
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, list_objects, read_listed
 from coffret.engine.records import ATTEMPT_BYTES, REF_BYTES, PackTable
@@ -51,7 +52,10 @@ class IndexRepairOptions:
 
 @dataclass(slots=True)
 class IndexRepairSummary:
-    """What was found and done. `left`: packs that an open mark names; `dropped`: index objects that can't be read."""
+    """What was found and done. `left`: packs that an open mark names; `dropped`: index objects that can't be read.
+
+    `renewed`: records of maintenance that is over, which could not be read.
+    """
 
     packs: int = 0
     indexed: int = 0
@@ -59,6 +63,7 @@ class IndexRepairSummary:
     left: int = 0
     damaged_packs: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    renewed: list[str] = field(default_factory=list)
 
 
 class IndexRepair:
@@ -103,6 +108,12 @@ class IndexRepair:
             return
         await self._index.flush(last=True)
         await self.attempt.conclude()
+
+    async def renew(self) -> None:
+        """Put anew the records of maintenance that is over, where they can't be read."""
+        self.summary.renewed = await renew_ended(
+            self._connector, self._sealer, self.attempt.id, dry_run=self._options.dry_run
+        )
 
     async def drop(self) -> None:
         """Delete the index objects that can't be read, if all that they could have named is named now."""

@@ -137,6 +137,10 @@ class Repository:
         self._expected_state = None
         await self._watch.add(snapshot)
 
+    async def removed(self, snapshot: Snapshot, attempts: Sequence[bytes]) -> None:
+        """Remember that a snapshot was just removed, as these attempts committed it."""
+        await self._watch.drop({(snapshot.header.snapshot_id, attempt) for attempt in attempts})
+
     async def seen_as(self, name: str) -> list[tuple[bytes, bytes]]:
         """(id, attempt) of the snapshot that this user saw in an object of snapshots/, if any."""
         return await self._watch.seen_as(name)

@@ -139,6 +139,11 @@ class Watch:
             made = {(snapshot.header.snapshot_id, snapshot.attempt)}
             await to_thread.run_sync(change_seen, self._path, made, set(), False)
 
+    async def drop(self, pairs: set[Pair]) -> None:
+        """Remember that snapshots were just removed."""
+        if self._path is not None:
+            await to_thread.run_sync(change_seen, self._path, set(), pairs, False)
+
     async def _is_removed(self, pair: Pair) -> bool:
         """Whether somebody with the keys has removed a snapshot."""
         record, end = removal_name(*pair), snapshot_name(pair[1])

@@ -219,10 +219,16 @@ def _read(path: Path) -> _Location:
     return known
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder of this user's alone, and the program's own above it, if they are missing."""
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes and threads from changing what lies in a folder, which is made if need be."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(folder)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

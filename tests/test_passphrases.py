@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
 import traceback
@@ -21,7 +22,7 @@ from coffret.engine.errors import (
 from coffret.engine.keyring import Keyring, log_removal, put_slot, read_keyring, slot_name
 from coffret.engine.keys import MAX_SLOTS, new_secrets, unlock
 from coffret.engine.ops import passphrases
-from coffret.engine.passphrase import MAX_PASSPHRASE_BYTES, passphrase_from_environment
+from coffret.engine.passphrase import MAX_PASSPHRASE_BYTES, passphrase_from_environment, passphrase_is_at_hand
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +54,17 @@ class TestSources:
                 {f"{prefix}_COMMAND": f"cat '{file}'"},
             ):
                 assert passphrase_from_environment(env, prefix) == passphrase
+
+    def test_at_hand(self, tmp_path: Path) -> None:
+        """What may be waited for, on a terminal or at a pipe, is not."""
+        (tmp_path / "file").write_text("x")
+        os.mkfifo(tmp_path / "pipe")
+        assert passphrase_is_at_hand({"COFFRET_PASSPHRASE": "x"})
+        assert passphrase_is_at_hand({"COFFRET_PASSPHRASE_FILE": str(tmp_path / "file")})
+        assert not passphrase_is_at_hand({"COFFRET_PASSPHRASE_FILE": str(tmp_path / "pipe")})
+        assert not passphrase_is_at_hand({"COFFRET_PASSPHRASE_COMMAND": "echo x"})
+        assert not passphrase_is_at_hand({"COFFRET_PEER_PASSPHRASE": "x"})
+        assert not passphrase_is_at_hand({})
 
     def test_no_shell(self) -> None:
         found = passphrase_from_environment({"COFFRET_PASSPHRASE_COMMAND": "echo '$HOME;'  x"})

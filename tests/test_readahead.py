@@ -219,12 +219,16 @@ async def test_the_key_is_derived_while_the_storage_is_reached(
     hint = state.likely_slot(elsewhere.location, tmp_path / "state")
     assert hint.salt == derived[0].salt
     # The slot itself decides. What is remembered is not trusted: the second costs no derivation at all.
-    for wrong in (msgspec.structs.replace(hint, salt=bytes(16)), msgspec.structs.replace(hint, memory_kib=1 << 40)):
+    for wrong in (
+        msgspec.structs.replace(hint, salt=bytes(16)),
+        msgspec.structs.replace(hint, salt=b""),
+        msgspec.structs.replace(hint, memory_kib=1 << 40),
+    ):
         path = state.file_of(elsewhere.location, "pins", tmp_path / "state")
         path.write_bytes(path.read_bytes().replace(msgspec.json.encode(hint), msgspec.json.encode(wrong)))
         await opened_with(at_hand)
         assert len(derived) == 2
-        path.write_bytes(path.read_bytes().replace(msgspec.json.encode(wrong), msgspec.json.encode(hint)))
+        assert state.likely_slot(elsewhere.location, tmp_path / "state") == hint
 
 
 async def test_a_passphrase_that_can_not_be_had_is_told_of_once_it_is_needed(

@@ -40,6 +40,13 @@ def test_first_use_is_remembered(folder: Path) -> None:
     assert f"--expect-id {TWO}" in e.value.remedy
 
 
+def test_folders_are_private(tmp_path: Path) -> None:
+    """The program's own, too, in which they lie."""
+    folder = tmp_path / "state" / "coffret"
+    state.check(HERE, ONE, True, HASH, folder=folder)
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (folder, folder / "pins")] == [0o700, 0o700]
+
+
 def test_compared_only(folder: Path) -> None:
     state.check(HERE, ONE, True, HASH, pin=False, folder=folder)
     state.check(HERE, TWO, True, HASH, folder=folder)

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
+from anyio import get_cancelled_exc_class
+
 from coffret import __version__
 from coffret.connectors.base import Connector
 from coffret.connectors.errors import ConnectorError
@@ -143,7 +145,11 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
             await work.salvage()
             raise
         if options.tell_state:
-            state, _ = await together(work.state, work.attempt.end)
+            try:
+                state, _ = await together(work.state, work.attempt.end)
+            except get_cancelled_exc_class():
+                progress.note(f"snapshot {summary.snapshot.short_id} is made all the same")
+                raise
             summary = replace(summary, state=state)
         return summary
     raise AssertionError("a task group does not swallow what it did not cancel")

@@ -22,11 +22,11 @@ from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
 from coffret.engine.attempt import Attempt, Lease
 from coffret.engine.creation import RACERS, put_race
-from coffret.engine.errors import InTheWay, UsageError
+from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.maintenance_choice import Choice
 from coffret.engine.maintenance_dead import bury, make_way
 from coffret.engine.maintenance_mark import choose_packs, clear_the_dead
-from coffret.engine.maintenance_marks import list_marks, put_mark, read_mark, record_seen
+from coffret.engine.maintenance_marks import list_marks, put_done, put_mark, read_mark, record_seen
 from coffret.engine.maintenance_sweep import Merge, Sweep
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
 from coffret.engine.objects import list_objects
@@ -146,6 +146,8 @@ class _Maintenance:
         self._repository, self._options, self._progress = repository, options, progress
         self._connector, self._sealer = repository.connector, repository.sealer
         self.summary = MaintenanceSummary()
+        # A mark that can't be read waits for its grace: until then nothing else can be looked at.
+        self._blocked = False
 
     async def run(self) -> None:
         """Sweep what is marked, mark what is to be swept, until nothing is left to do now; then merge."""
@@ -156,15 +158,17 @@ class _Maintenance:
                     break
             elif not await self._as_attempt(self._mark):
                 break
-        await self._as_attempt(self._merge)
+        if not self._blocked:
+            await self._as_attempt(self._merge)
 
     async def look(self) -> None:
         """What a run would mark, or has to wait for; nothing is written."""
         attempt = Attempt(self._connector, self._sealer, self._repository.mirror, what="maintenance")
         try:
-            for info in (await list_marks(self._connector)).open.values():
+            marks = await list_marks(self._connector)
+            for info in marks.open.values():
                 self.summary.open_packs += len(await read_mark(self._connector, self._sealer, info))
-            if not self.summary.open_packs:
+            if not marks.open:
                 self._tell((await self._choose(attempt))[0])
         finally:
             await attempt.end()
@@ -223,7 +227,8 @@ class _Maintenance:
                 self.summary.ended_attempts += ended
                 if ended:
                     continue
-            if (needs := await scene.resolve()) is not None:
+            # As if they were to be swept, to learn what is needed of them that lies nowhere else.
+            if (needs := await scene.resolve(doomed=attempt.mirror.bad_packs)) is not None:
                 return await choose_packs(self._repository, scene, needs), marks.top
         raise others_at_work()
 
@@ -231,15 +236,19 @@ class _Maintenance:
 
     async def _sweep(self, marks: Marks) -> bool:
         """Sweep the open mark, if that is possible now; return whether it is over."""
-        [number, *others] = sorted(marks.open)
-        if others:
-            raise InTheWay(
-                f"several marks are open: trash/{number} and trash/{others[0]}",
-                remedy="the storage has lost objects of trash/; `coffret at REPO check` tells what else",
-            )
+        number, self._blocked = await self._next(marks)
         # Before the lease of this attempt: it is not one that the sweep has to wait for.
-        seen = await record_seen(self._connector, self._sealer, bytes(16), number)
+        seen = await record_seen(self._connector, self._sealer, bytes(16), marks.open[number])
         return await self._as_attempt(partial(self._sweep_as, number=number, seen=seen))
+
+    async def _next(self, marks: Marks) -> tuple[int, bool]:
+        """The mark to go on with, and whether it can't be read. There is one, but where the end of another was lost."""
+        for number, info in sorted(marks.open.items()):
+            try:
+                await read_mark(self._connector, self._sealer, info)
+            except Damaged:
+                return number, True
+        return min(marks.open), False
 
     async def _sweep_as(self, attempt: Attempt, *, number: int, seen: frozenset[str]) -> bool:
         now_s = await attempt.clock()
@@ -259,6 +268,12 @@ class _Maintenance:
             if (left_s := begun_s + self._options.grace_s - now_s) > 0:
                 self.summary.sweep_in_s = left_s
                 return False
+        if self._blocked:
+            # Who knew what it names has ended, and what may have been late of theirs has arrived.
+            self._progress.note(f"trash/{number} can't be read, and is ended: what it named is looked for anew")
+            await put_done(self._connector, self._sealer, attempt.id, number)
+            self._blocked = False
+            return True
         sweep = Sweep(self._repository, attempt, number, marks.open[number], self._options.limits, self._progress)
         await sweep.run()
         self.summary.swept_packs += sweep.deleted_packs

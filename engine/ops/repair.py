@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from coffret.engine.errors import Damaged, LeaseLost, reported
 from coffret.engine.ops.check import Checking, CheckOptions
 from coffret.engine.ops.rm import remove
+from coffret.engine.progress import Progress
 from coffret.engine.removal import put_removal, removal_here
 from coffret.engine.repair_index import IndexRepair, IndexRepairOptions, IndexRepairSummary
 from coffret.engine.repair_snapshot import Repaired, SnapshotRepair
@@ -17,7 +18,6 @@ from coffret.engine.snapshot import give_up
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
 
@@ -60,6 +60,7 @@ async def repair_index(repository: Repository, options: IndexRepairOptions, prog
 async def _try_index(work: IndexRepair, options: IndexRepairOptions, progress: Progress) -> None:
     async with work.attempt.at_work(progress, announced=not options.dry_run) as group:
         await work.run(group)
+        await work.renew()
         if not options.dry_run:
             await work.commit()
         await work.drop()
@@ -112,6 +113,7 @@ async def repair_snapshots(
     """
     if options.forget and not options.dry_run:
         need(repository.connector, "removing snapshots")
+    whole = await _index_first(repository, options, progress)
     commits = await repository.commits()
     targets = [(snapshot, None) for snapshot in (commits.snapshots if snapshots is None else snapshots)]
     check = Checking(repository, CheckOptions(fast=options.fast, workers=options.workers), progress)
@@ -125,17 +127,18 @@ async def repair_snapshots(
     for snapshot in [] if options.dry_run else summary.damaged:
         if (before := _repaired_before(snapshot, commits.snapshots)) is not None and before.id not in bad:
             progress.note(f"{snapshot.short_id} was repaired before: what is whole in it is in {before.short_id}")
-            await _forget(repository, snapshot, options, summary)
+            await _forget(repository, snapshot, options, summary, whole=whole)
             continue
         try:
             repaired = await _repair(repository, snapshot, check, progress)
         except Damaged as error:
-            progress.note(f"{snapshot.short_id} can't be repaired: {error}")
+            progress.note(f"{snapshot.short_id} can't be repaired, nothing of it can be read: {error}")
             summary.hopeless.append(snapshot.id)
+            await _forget(repository, snapshot, options, summary, whole=whole)
             continue
         if repaired is not None:
             summary.repaired.append(repaired)
-            await _forget(repository, snapshot, options, summary)
+            await _forget(repository, snapshot, options, summary, whole=whole)
     if snapshots is None and commits.damaged:
         await _give_up(repository, [name for name, _ in commits.damaged], options, progress, summary)
     return summary
@@ -170,11 +173,33 @@ async def _give_up(
     repository.forget_commits()
 
 
+async def _index_first(repository: Repository, options: SnapshotRepairOptions, progress: Progress) -> bool:
+    """Have the index name all packs, so that nothing is taken for lost that is only not found; whether it does now."""
+    found = await repair_index(repository, IndexRepairOptions(dry_run=True), Progress())
+    if found.indexed or found.dropped:
+        if options.dry_run:
+            progress.note(f"{found.indexed} packs are not in the index: `repair index` first, and less may be lost")
+        else:
+            progress.note(f"{found.indexed} packs that were not in the index are put there first")
+            found = await repair_index(repository, IndexRepairOptions(), progress)
+            progress.files = progress.errors = 0
+    if found.left and options.forget:
+        progress.note(
+            "nothing is forgotten while packs are marked for removal that the index lost: `repair index` tells"
+        )
+    return not found.left
+
+
 async def _forget(
-    repository: Repository, snapshot: Snapshot, options: SnapshotRepairOptions, summary: SnapshotRepairSummary
+    repository: Repository,
+    snapshot: Snapshot,
+    options: SnapshotRepairOptions,
+    summary: SnapshotRepairSummary,
+    *,
+    whole: bool,
 ) -> None:
-    """Remove a damaged snapshot, if so asked, now that another is committed in its place."""
-    if options.forget:
+    """Remove a damaged snapshot, if so asked, now that what is whole in it is in another. `whole`: the index is."""
+    if options.forget and whole:
         await remove(repository, [snapshot])
         summary.removed.append(snapshot.id)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from coffret.engine.removal import put_removal, removal_here
+from coffret.engine.errors import Damaged
+from coffret.engine.objects import MAX_MARK_BYTES, list_objects, read_listed
+from coffret.engine.records import ATTEMPT_BYTES
+from coffret.engine.removal import open_removal, put_removal, removal_here, seal_removal
 from coffret.engine.rights import need
 from coffret.engine.snapshot import find_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Commits, Snapshot
@@ -35,6 +39,24 @@ def resolve(commits: Commits, texts: Iterable[str]) -> tuple[list[Snapshot], lis
     return [*found.values()], sorted(gone)
 
 
+async def renew(repository: Repository, snapshot_ids: Collection[str]) -> int:
+    """Put anew what can't be read of the records by which snapshots were removed; how many these were.
+
+    A record counts, whether it can be read or not; but one that can't does not tell who put it there.
+    """
+    connector, sealer, renewed = repository.connector, repository.sealer, 0
+    for snapshot_id in snapshot_ids:
+        for info in await list_objects(connector, f"removed/{snapshot_id}-"):
+            try:
+                open_removal(sealer, info.name, await read_listed(connector, info, MAX_MARK_BYTES))
+            except Damaged:
+                need(connector, "removing snapshots")
+                body = seal_removal(sealer, info.name, os.urandom(ATTEMPT_BYTES), removal_here())
+                await connector.put(info.name, [body])
+                renewed += 1
+    return renewed
+
+
 async def remove(repository: Repository, snapshots: Sequence[Snapshot]) -> None:
     """Remove snapshots, each with all objects that hold it: hosts that sync at the same time leave several.
 
@@ -46,9 +68,11 @@ async def remove(repository: Repository, snapshots: Sequence[Snapshot]) -> None:
     removal = removal_here()
     try:
         for snapshot in snapshots:
-            for attempt in commits.attempts.get(snapshot.header.snapshot_id, ()):
+            attempts = commits.attempts.get(snapshot.header.snapshot_id, ())
+            for attempt in attempts:
                 await put_removal(
                     repository.connector, repository.sealer, snapshot.header.snapshot_id, attempt, removal
                 )
+            await repository.removed(snapshot, attempts)
     finally:
         repository.forget_commits()

@@ -153,6 +153,27 @@ async def test_a_backup_is_done_though_its_state_can_t_be_told(source: Path) -> 
     assert summary.state == opened.state_of((await opened.commits()).snapshots)
 
 
+async def test_who_stops_a_backup_that_is_done_is_told(source: Path) -> None:
+    storage, recorder, committed = Storage(), Recorder(), False
+
+    async def stop(method: str, name: str) -> None:
+        if committed and method == "list":
+            scope.cancel()
+            await anyio.sleep_forever()
+
+    async def after(method: str, name: str) -> None:
+        nonlocal committed
+        committed = committed or (method == "put" and name.startswith("snapshots/"))
+
+    opened = await storage.open(FaultyConnector(storage.memory, before=stop, after=after))
+    with anyio.CancelScope() as scope:
+        await opened.backup([bytes(source)], replace(ONE_WORKER, tell_state=True), recorder)
+    assert scope.cancelled_caught
+    [snapshot] = (await (await storage.open()).commits()).snapshots
+    assert f"snapshot {snapshot.short_id} is made all the same" in recorder.notes
+    assert not await storage.names("leases/")
+
+
 async def test_a_revoked_writer_counts_anew(source: Path) -> None:
     storage, revoked = Storage(), list[str]()
 

@@ -1,6 +1,6 @@
 """Every parser of stored bytes returns or raises the engine's own errors, in little memory, whatever it is given.
 
-Seconds in CI; `make fuzz` goes on for minutes: COFFRET_FUZZ_EXAMPLES is the number of inputs a target.
+Seconds as a rule, minutes in CI and by `make fuzz`: COFFRET_FUZZ_EXAMPLES is the number of inputs a target.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tests.attempts.storage import Storage
 
+    from coffret.engine.ops.check import CheckSummary
     from coffret.engine.repository import Repository
     from coffret.engine.snapshot import Snapshot
 
@@ -151,6 +152,40 @@ async def test_what_nothing_needs_is_gone_for_good(tmp_path: Path, how: str) -> 
     scene.whole()
 
 
+async def test_damage_in_what_nothing_needs_of_a_pack(tmp_path: Path) -> None:
+    """All else of it is copied, though it is known to be damaged; where something is needed it is left alone."""
+    scene, content = await Scene(tmp_path).begin(), os.urandom(1_800_000)  # two blocks in one pack
+    storage = scene.storage
+    await scene.back_up(slice(0), content)
+    bodies = {name: await storage.memory.get(name) for name in await storage.names("packs/")}
+    pack = max(bodies, key=lambda name: len(bodies[name]))
+    await scene.back_up(slice(0), content[1_300_000:])
+    [_, second] = await scene.snapshots()
+    await scene.remove(0)
+    body = bodies[pack]
+
+    async def checked() -> CheckSummary:
+        return await scene.opened.check()
+
+    # The second block, of which something is needed.
+    await storage.memory.put(pack, [body[:1_500_000], bytes([body[1_500_000] ^ 1]), body[1_500_001:]])
+    assert (await checked()).damaged_snapshots == [second.id]
+    await scene.maintain()
+    assert pack in await storage.names("packs/")
+    # The first, which is not.
+    await storage.memory.put(pack, [body])
+    assert (await checked()).clean
+    await damage(storage, pack)
+    found = await checked()
+    assert (found.damaged_packs, found.damaged_snapshots) == ([pack], [])
+    summary = await scene.maintain()
+    assert pack not in await storage.names("packs/")
+    assert summary.swept_packs and not summary.damaged_packs
+    assert (await checked()).clean
+    assert (await (await storage.open()).check()).clean
+    assert await scene.restored(second) == content[1_300_000:]
+
+
 async def holding(scene: Scene, snapshot: Snapshot) -> set[str]:
     """The packs of its content."""
     packs = set()
@@ -203,6 +238,6 @@ async def test_what_the_program_says_of_what_nothing_needs(tmp_path: Path) -> No
     program("rm", program("ls", "--json").of_type("item")[0]["snapshot_id"])
     lost.unlink()
     told = program("check", code=4).stdout
-    assert told == "check: found damage: 1 pack that no snapshot needs; see to it by `coffret maintenance`\n"
+    assert told == "check: found damage: 1 pack, and nothing is lost by it; `coffret maintenance` takes it away\n"
     assert "forgot 1 missing pack that no snapshot needs" in program("maintenance", "--grace", "0").stdout
     assert program("check").stdout.endswith("completed successfully\n")

@@ -10,7 +10,7 @@ from tests.attempts.storage import ONE_WORKER, Storage, mirrors
 
 from coffret.connectors.errors import ConnectionLost
 from coffret.connectors.faults import FaultyConnector
-from coffret.engine.ops.rm import remove, resolve
+from coffret.engine.ops.rm import remove, renew, resolve
 from coffret.engine.removal import open_removal
 from coffret.engine.snapshot import NoSuchSnapshot, Snapshot, seal_snapshot, snapshot_name
 
@@ -134,3 +134,20 @@ async def test_a_lost_answer(source: Path) -> None:
         await remove(with_faults, [second])
     opened.forget_commits()
     assert [each.id for each in (await opened.commits()).snapshots] == [second.id]
+
+
+async def test_a_record_that_can_t_be_read_is_put_anew(source: Path) -> None:
+    """It counts all the same; whoever removes the snapshot once more says so in its place."""
+    storage = Storage()
+    opened = await storage.open()
+    first, second = await made(opened, source, 2)
+    await remove(opened, [first, second])
+    assert await renew(opened, [first.id, second.id]) == 0
+    [name] = await storage.names(f"removed/{first.id}")
+    await storage.memory.put(name, [b"damage"])
+    found, gone = resolve(await opened.commits(), [first.id])
+    assert (found, gone) == ([], [first.id])
+    assert not (await opened.check()).clean
+    assert await renew(opened, gone) == 1
+    assert open_removal(opened.sealer, name, await storage.memory.get(name)).host
+    assert (await opened.check()).clean

@@ -358,5 +358,5 @@ def test_nothing_can_be_read(tmp_path: Path) -> None:
     put_in_place(pack, pack.read_bytes()[:100] + bytes(100) + pack.read_bytes()[200:])
     (source / "more").write_bytes(b"more")
     outcome = run("repair", "snapshots", codes=(3,))
-    assert "can't be repaired: " in outcome.stderr
+    assert "can't be repaired, nothing of it can be read: " in outcome.stderr
     assert outcome.stdout == "repair: 1 snapshot of 1 is damaged, 0 repaired\n"

@@ -127,6 +127,17 @@ def test_older_state(run: Here, tmp_path: Path, cache: list[str]) -> None:
     assert BACK + latest[:8] in warned(run("check", codes=(4,)))
 
 
+@pytest.mark.parametrize("words", [["rm", "latest"], ["prune", "--keep-last", "1"]])
+def test_what_was_removed_here_is_back(run: Here, tmp_path: Path, words: list[str]) -> None:
+    """Nothing was listed in between."""
+    before = ids(run)
+    replace_tree(run.repository, tmp_path / "older")
+    run(*words)
+    replace_tree(tmp_path / "older", run.repository)
+    assert BACK + before[1 if words[0] == "rm" else 0][:8] in warned(run("ls"))
+    assert warned(run("ls", environment=elsewhere(run))) == ""
+
+
 def test_removed_with_the_keys(run: Here) -> None:
     """By a record, or swept later: nothing is missed. A record by somebody without keys hides nothing."""
     first, second = ids(run)
@@ -191,6 +202,7 @@ def test_expected_state(run: Here, tmp_path: Path) -> None:
     made = run("backup", source, "--workers", "1", "--json", "--expect-state", told, environment=elsewhere(run)).summary
     assert made["state"] == state(run)
     newest = state(run)
+    assert "is no state" in run("ls", "--expect-state", "zz", codes=(2,)).stderr
     outcome = run("ls", "--expect-state", "0" * 32, codes=(1,), environment=elsewhere(run))
     assert newest in outcome.stderr
     run.repository.rename(tmp_path / "newer")

@@ -1,0 +1,40 @@
+"""Sound: of packs that were found to be damaged, those of which all that snapshots need can be read.
+
+Their damage lies in what nothing needs. They are swept like garbage, and a check is clean again; of others what is
+needed could not be copied, so they are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anyio import to_thread
+
+from coffret.connectors.errors import ConnectorError
+from coffret.engine.errors import Damaged
+from coffret.engine.fetch import coalesce
+from coffret.engine.maintenance_copy import COPIES_AT_ONCE, by_block, open_wanted
+
+if TYPE_CHECKING:
+    from coffret.engine.fetch import Fetcher
+    from coffret.engine.maintenance_needs import Needs
+    from coffret.engine.repository import Repository
+
+
+async def sound_packs(repository: Repository, fetcher: Fetcher, needs: Needs) -> frozenset[bytes]:
+    """Those of the doomed packs of `needs` of which something is needed, and all that is can be read."""
+    tried, failed = set[bytes](), set[bytes]()
+    groups = needs.to_copy(COPIES_AT_ONCE)
+    gap_bytes = repository.connector.capabilities.coalesce_gap_bytes
+    while (found := await to_thread.run_sync(next, groups, None)) is not None:
+        wanted = by_block(found)
+        for part in coalesce([each.location for each in wanted.values()], gap_bytes):
+            tried.update(location.pack for location in part.blocks)
+            try:
+                data = await fetcher.read(part)
+                for location in part.blocks:
+                    each = wanted[location.pack, location.offset]
+                    await to_thread.run_sync(open_wanted, fetcher, part, data, each)
+            except (Damaged, ConnectorError):
+                failed.update(location.pack for location in part.blocks)
+    return frozenset(tried - failed)
