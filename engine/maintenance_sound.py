@@ -29,12 +29,15 @@ async def sound_packs(repository: Repository, fetcher: Fetcher, needs: Needs) ->
     while (found := await to_thread.run_sync(next, groups, None)) is not None:
         wanted = by_block(found)
         for part in coalesce([each.location for each in wanted.values()], gap_bytes):
-            tried.update(location.pack for location in part.blocks)
+            packs = {location.pack for location in part.blocks}
+            tried |= packs
+            if packs <= failed:
+                continue
             try:
                 data = await fetcher.read(part)
                 for location in part.blocks:
                     each = wanted[location.pack, location.offset]
                     await to_thread.run_sync(open_wanted, fetcher, part, data, each)
             except (Damaged, ConnectorError):
-                failed.update(location.pack for location in part.blocks)
+                failed |= packs
     return frozenset(tried - failed)
