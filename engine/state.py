@@ -221,8 +221,9 @@ def _read(path: Path) -> _Location:
 
 def make_private(folder: Path) -> None:
     """Make a folder of this user's alone, and the program's own above it, if they are missing."""
-    for each in (folder.parent, folder):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.parent.exists():
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextlib.contextmanager

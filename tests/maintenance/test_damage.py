@@ -12,6 +12,7 @@ from tests.maintenance.scene import Scene
 from tests.maintenance.scenery import PIECES
 from tests.test_json import validate_all
 
+from coffret.engine.catalog_reader import Catalog
 from coffret.engine.maintenance_marks import list_marks, read_mark
 from coffret.engine.ops.maintenance import MaintenanceOptions
 from coffret.engine.ops.repair import IndexRepairOptions, repair_index
@@ -154,28 +155,35 @@ async def test_what_nothing_needs_is_gone_for_good(tmp_path: Path, how: str) -> 
 
 async def test_damage_in_what_nothing_needs_of_a_pack(tmp_path: Path) -> None:
     """All else of it is copied, though it is known to be damaged; where something is needed it is left alone."""
-    scene, content = await Scene(tmp_path).begin(), os.urandom(1_800_000)  # two blocks in one pack
+    scene, content = await Scene(tmp_path).begin(), os.urandom(6 << 20)
     storage = scene.storage
     await scene.back_up(slice(0), content)
-    bodies = {name: await storage.memory.get(name) for name in await storage.names("packs/")}
-    pack = max(bodies, key=lambda name: len(bodies[name]))
-    await scene.back_up(slice(0), content[1_300_000:])
+    [first] = await scene.snapshots()
+    # Of a pack with several blocks one is needed: that in which the second snapshot's content lies.
+    blocks = await layout(scene, first)
+    packs = [name for name, _ in blocks]
+    pack = max(packs, key=packs.count)
+    needed, idle, *_ = (offset for name, offset in blocks if name == pack)
+    begin, end = blocks[pack, needed]
+    content = content[begin + (end - begin) // 3 : end - (end - begin) // 3]
+    await scene.back_up(slice(0), content)
     [_, second] = await scene.snapshots()
     await scene.remove(0)
-    body = bodies[pack]
+    body = await storage.memory.get(pack)
 
     async def checked() -> CheckSummary:
         return await scene.opened.check()
 
-    # The second block, of which something is needed.
-    await storage.memory.put(pack, [body[:1_500_000], bytes([body[1_500_000] ^ 1]), body[1_500_001:]])
+    async def flip(at: int) -> None:
+        await storage.memory.put(pack, [body[: at + 10], bytes([body[at + 10] ^ 1]), body[at + 11 :]])
+
+    await flip(needed)
     assert (await checked()).damaged_snapshots == [second.id]
     await scene.maintain()
     assert pack in await storage.names("packs/")
-    # The first, which is not.
     await storage.memory.put(pack, [body])
     assert (await checked()).clean
-    await damage(storage, pack)
+    await flip(idle)
     found = await checked()
     assert (found.damaged_packs, found.damaged_snapshots) == ([pack], [])
     summary = await scene.maintain()
@@ -183,7 +191,22 @@ async def test_damage_in_what_nothing_needs_of_a_pack(tmp_path: Path) -> None:
     assert summary.swept_packs and not summary.damaged_packs
     assert (await checked()).clean
     assert (await (await storage.open()).check()).clean
-    assert await scene.restored(second) == content[1_300_000:]
+    assert await scene.restored(second) == content
+
+
+async def layout(scene: Scene, snapshot: Snapshot) -> dict[tuple[str, int], tuple[int, int]]:
+    """Which part of a snapshot's one file lies in which block, by pack and offset there."""
+    catalog = Catalog(snapshot.header.catalog, snapshot.header.depth, scene.opened.fetcher().load)
+    [file] = [each async for _, entries in catalog.walk(b"") for each in entries if each.name == b"stream"]
+    parts: dict[tuple[str, int], tuple[int, int]] = {}
+    end = 0
+    async for refs in catalog.file_refs(file):
+        for chunk_id, length in iter_refs(refs):
+            [at] = await scene.opened.mirror.locate([chunk_id])
+            assert at is not None
+            begin, end = end, end + length
+            parts[pack_name(at.pack), at.offset] = parts.get((pack_name(at.pack), at.offset), (begin, 0))[0], end
+    return parts
 
 
 async def holding(scene: Scene, snapshot: Snapshot) -> set[str]:
