@@ -95,7 +95,7 @@ class SFTPConnector(Connector):
         path = re.sub(rb"/+", b"/", path).rstrip(b"/") or b"/"
         self.location = f"sftp://{address}{quote(path)}"
         self._root = (path[3:] or b".") if path == b"/~" or path.startswith(b"/~/") else path
-        self.capabilities = Capabilities(parallel_puts=connections, parallel_gets=4 * connections, ordered_lists=True)
+        self.capabilities = Capabilities(parallel_puts=connections, parallel_gets=12 * connections, ordered_lists=True)
         self._connections = Connections(login or Login(address), connections)
         self._naming = Naming()
         self._unsynced = self._swept = False
@@ -114,7 +114,7 @@ class SFTPConnector(Connector):
 
     def set_connections(self, count: int) -> None:
         self._connections.limit = min(count, _MAX_CONNECTIONS)
-        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=4 * count)
+        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=12 * count)
 
     def expect_transfers(self) -> None:
         self._connections.expect()

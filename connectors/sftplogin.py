@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import asyncssh
 
+_PORT = 22
 # A host that is there answers within this (s), unless ~/.ssh/config says otherwise.
 _CONNECT_S = 30
 # The server's side of SFTP may be started by a shell that has much to do first (s).
@@ -89,15 +90,47 @@ class Login:
         :raises InvalidLocation: if there is no such host
         :raises ConnectionLost: if nobody answers
         """
+        reaching = None
         if self._arguments is None:
-            self._arguments = await to_thread.run_sync(self._prepare)
+            reaching = asyncio.get_running_loop().create_task(self._reach())
+            try:
+                self._arguments = await to_thread.run_sync(self._prepare)
+            except BaseException:
+                reaching.cancel()
+                raise
         import asyncssh
 
         self.key_refusal = ""
         try:
-            return await asyncssh.connect(**self._arguments, client_factory=functools.partial(_client_class(), self))
+            return await asyncssh.connect(
+                **self._arguments,
+                sock=await reaching if reaching is not None else None,
+                client_factory=functools.partial(_client_class(), self),
+            )
         except (asyncssh.Error, OSError, EOFError, ValueError) as error:
             raise self._explained(error) from error
+
+    async def _reach(self) -> socket.socket | None:
+        """Reach the server while asyncssh is imported (80 ms), if it is clear where that is: at one address.
+
+        What ~/.ssh/config says only asyncssh knows, and of several addresses it finds the one that answers.
+        """
+        loop = asyncio.get_running_loop()
+        if _is_configured():
+            return None
+        found = await loop.getaddrinfo(self.address.host, self.address.port or _PORT, type=socket.SOCK_STREAM)
+        if len(found) != 1:
+            return None
+        family, kind, protocol, _, where = found[0]
+        reached = socket.socket(family, kind, protocol)
+        try:
+            reached.setblocking(False)
+            async with asyncio.timeout(_CONNECT_S):
+                await loop.sock_connect(reached, where)
+        except BaseException:
+            reached.close()
+            raise
+        return reached
 
     def _prepare(self) -> dict[str, Any]:
         """The arguments for `asyncssh.connect`. Blocking: it imports, and reads files."""
@@ -196,6 +229,10 @@ async def start_sftp(connection: asyncssh.SSHClientConnection, address: Address)
             raise NotStorage(f"{address}: the server offers no SFTP to this user: {error}") from error
         reason = f"SFTP did not start within {_START_S} s" if isinstance(error, TimeoutError) else error
         raise kind_of(error)(f"{address}: {reason}") from error
+
+
+def _is_configured() -> bool:
+    return Path("~/.ssh/config").expanduser().exists()
 
 
 def _identities(files: Any) -> dict[str, Any]:

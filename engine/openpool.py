@@ -48,7 +48,7 @@ class OpenPool:
         os.ftruncate(self._marks, 8 * workers)
         #: When it has ended: what workers were at, as `restore_writer.read_marks` has it.
         self.marks: list[tuple[int, int, bool]] = []
-        self.slab_bytes = slab_bytes
+        self.slabs, self.slab_bytes = slabs, slab_bytes
         self._free = list(range(slabs))
         self._turns = Turns()
         self._number = 0

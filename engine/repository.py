@@ -15,6 +15,7 @@ from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.sealing import Sealer
 from coffret.engine.seen import Rollback, Watch, seen_path, state_of
 from coffret.engine.seen import check_expected as check_expected_state
+from coffret.engine.settings import FAR_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -98,6 +99,12 @@ class Repository:
         self._watch, self._expected_state = Watch(connector, self.sealer, path), options.expect_state
         #: Snapshots that were seen at this location and are not shown any more; of the last listing.
         self.rollback = Rollback()
+
+    @property
+    def is_far(self) -> bool:
+        """Whether each answer of the storage took FAR_S or longer so far: then more is to be asked for at a time."""
+        calls = self.options.calls.get(self.connector.location, {})
+        return bool(calls) and min(each.fastest_s for each in calls.values()) >= FAR_S
 
     async def commits(self) -> Commits:
         """The snapshots there are, listed once, and anew after a backup; the mirror is in step with the index then."""

@@ -13,7 +13,6 @@ from coffret.engine.restore_files import FileWriter, each_its_own
 from coffret.engine.restore_jobs import temporary_name
 from coffret.engine.restore_target import existing
 from coffret.engine.restore_writer import LOST
-from coffret.engine.settings import OPEN_SLABS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     Faults = list[tuple[bytes, str, int]]
 
 # Nodes are sent to a worker this many at a time, and so many jobs may wait for the workers beside those with slabs.
-_NODES, _JOBS = 256, OPEN_SLABS + 8
+_NODES, _JOBS_BESIDE_SLABS = 256, 8
 # Hard links are made this many at a time.
 _LINKS = 1024
 
@@ -175,7 +174,7 @@ class TreeRestore:
         nodes, self._nodes = self._nodes, []
         if not nodes:
             return
-        await self._pool.drain(below=_JOBS)
+        await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
         job = 0
 
         def done(faults: Faults) -> None:
@@ -188,7 +187,7 @@ class TreeRestore:
     async def _flush_kept(self) -> None:
         kept, self._kept = self._kept, []
         if kept:
-            await self._pool.drain(below=_JOBS)
+            await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
             self._pool.submit("kept", kept, done=lambda faults: self._tell(faults, None))
 
     def _tell(self, faults: Faults, paths: Sequence[bytes] | None) -> None:
@@ -238,7 +237,7 @@ class TreeRestore:
             await self._with_meta(place, entry, self._directories, (place,))
         if len(self._directories) >= _NODES:
             await self._flush_directories()
-            await self._pool.drain(below=_JOBS)
+            await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
         return named
 
     def _asked(self, directory: bytes, entry: Entry) -> bool:

@@ -18,7 +18,7 @@ from coffret.engine.places import Places
 from coffret.engine.restore_report import Report
 from coffret.engine.restore_target import open_target
 from coffret.engine.restore_tree import Scope, TreeRestore, join
-from coffret.engine.settings import OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES
+from coffret.engine.settings import FAR_SLABS, OPEN_SLABS, OPEN_WORKERS, RESTORE_SLAB_BYTES
 
 if TYPE_CHECKING:
     from coffret.engine.fetch import Fetcher
@@ -98,7 +98,7 @@ async def restore(
             repository.secrets,
             repository.id_bytes,
             workers=options.workers or OPEN_WORKERS,
-            slabs=OPEN_SLABS,
+            slabs=FAR_SLABS if repository.is_far else OPEN_SLABS,
             slab_bytes=max(RESTORE_SLAB_BYTES, 2 * repository.config.chunker.max_bytes),
             target=opened.fd,
             owner=owner,
