@@ -121,6 +121,8 @@ class Display:
         #: What was asked of the repository's storage, by method.
         self.storage_calls: Mapping[str, Calls] = {}
         self._live: Any = None
+        # The last line is said.
+        self._over = False
         self._begin = time.perf_counter()
         # The phase that was shown last, and since when.
         self._phase, self._phase_begin = "", self._begin
@@ -149,6 +151,7 @@ class Display:
     def summary(self, text: str, **fields: Any) -> None:
         """The end: what happened. Without a text, what was printed before says it all."""
         self.close()
+        self._over = True
         if self.as_json:
             if self.storage_calls:
                 fields["storage"] = {method: _calls_fields(calls) for method, calls in self.storage_calls.items()}
@@ -162,6 +165,7 @@ class Display:
     def error(self, error: CoffretError) -> None:
         """The one line of a failure: what happened, and what to do."""
         self.close()
+        self._over = True
         message, remedy = str(error), error.remedy
         if self.as_json:
             with contextlib.suppress(ReaderGone, OutputLost):
@@ -192,6 +196,8 @@ class Display:
         else:
             while True:
                 await anyio.sleep(_LINE_S)
+                if self._over:  # it was woken just before it was cancelled
+                    return
                 if self.as_json:
                     self._json("status", **self._counters())
                 elif not self.verbose:

@@ -256,3 +256,21 @@ def test_many_calls_that_fail_together_are_told_of_once(
         session._retrying(f"get {number}", ConnectionLost("refused"))
     told = [f"ls: note: get {number} is tried again: refused" for number in (0, 3)]
     assert capsys.readouterr().err.splitlines() == told
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_nothing_follows_the_last_line(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the display is woken once more before it is cancelled."""
+    display = Display("backup", quiet=False, verbose=False, as_json=as_json)
+
+    async def until_the_end(seconds: float) -> None:
+        display.summary("all is done", files=1)
+
+    monkeypatch.setattr("coffret.display.anyio.sleep", until_the_end)
+    await display.run()
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1
+    assert shown.err == ""
