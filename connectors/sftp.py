@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 FOLDERS = ("keys", "packs", "index", "snapshots", "leases", "trash", "removed", "tmp")
 CONNECTIONS = 4
 _MAX_CONNECTIONS = 64
+# Gets under way for each connection: with 4 a restore at 50 ms waited for all of them most of the time.
+_GETS = 12
 # From here on a transfer is worth a connection of its own, and a look whether the name is taken before it begins.
 _LARGE_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"[0-9a-f]{32}")
@@ -95,7 +97,9 @@ class SFTPConnector(Connector):
         path = re.sub(rb"/+", b"/", path).rstrip(b"/") or b"/"
         self.location = f"sftp://{address}{quote(path)}"
         self._root = (path[3:] or b".") if path == b"/~" or path.startswith(b"/~/") else path
-        self.capabilities = Capabilities(parallel_puts=connections, parallel_gets=12 * connections, ordered_lists=True)
+        self.capabilities = Capabilities(
+            parallel_puts=connections, parallel_gets=_GETS * connections, ordered_lists=True
+        )
         self._connections = Connections(login or Login(address), connections)
         self._naming = Naming()
         self._unsynced = self._swept = False
@@ -114,7 +118,7 @@ class SFTPConnector(Connector):
 
     def set_connections(self, count: int) -> None:
         self._connections.limit = min(count, _MAX_CONNECTIONS)
-        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=12 * count)
+        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=_GETS * count)
 
     def expect_transfers(self) -> None:
         self._connections.expect()

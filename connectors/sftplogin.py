@@ -96,6 +96,7 @@ class Login:
             try:
                 self._arguments = await to_thread.run_sync(self._prepare)
             except BaseException:
+                reaching.add_done_callback(_close_reached)
                 reaching.cancel()
                 raise
         import asyncssh
@@ -229,6 +230,11 @@ async def start_sftp(connection: asyncssh.SSHClientConnection, address: Address)
             raise NotStorage(f"{address}: the server offers no SFTP to this user: {error}") from error
         reason = f"SFTP did not start within {_START_S} s" if isinstance(error, TimeoutError) else error
         raise kind_of(error)(f"{address}: {reason}") from error
+
+
+def _close_reached(reaching: asyncio.Task[socket.socket | None]) -> None:
+    if not reaching.cancelled() and reaching.exception() is None and (reached := reaching.result()) is not None:
+        reached.close()
 
 
 def _is_configured() -> bool:

@@ -38,7 +38,7 @@ class Calls:
     @property
     def fastest_s(self) -> float:
         """The shortest latency, to a quarter (s); that of a call that failed counts too."""
-        return next((bound for bound, count in zip(_BOUNDS_S, self._classes, strict=False) if count), _BOUNDS_S[-1])
+        return self.latency_s(1 / self.calls) if self.calls else _BOUNDS_S[-1]
 
     def latency_s(self, share: float) -> float:
         """The latency that a share of the calls did not exceed, to a quarter (s)."""

@@ -130,14 +130,13 @@ async def renew_ended(connector: Connector, sealer: Sealer, attempt: bytes, *, d
     over = [
         info for name, info in listed.items() if _NAME.fullmatch(name) and f"{name.partition('-')[0]}-done" in listed
     ]
-    for batch in batches(iter(over), _READ_AT_ONCE):
+    for batch in batches(over, _READ_AT_ONCE):
         async with anyio.create_task_group() as group:
             for info in batch:
                 group.start_soon(look, info)
+    empty: dict[str, Mark | Seen | Done] = {"": Mark(b""), "seen": Seen(b""), "done": Done(time.time_ns())}
     for name in [] if dry_run else bad:
-        kind = name.partition("-")[2]
-        records: dict[str, Mark | Seen | Done] = {"": Mark(b""), "seen": Seen(b""), "done": Done(time.time_ns())}
-        await _put_over(connector, sealer, attempt, name, records[kind])
+        await _put_over(connector, sealer, attempt, name, empty[name.partition("-")[2]])
     return sorted(bad)
 
 

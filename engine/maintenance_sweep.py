@@ -17,7 +17,7 @@ from coffret.engine.known import KnownChunks
 from coffret.engine.maintenance_copy import COPIES_AT_ONCE, Copier
 from coffret.engine.maintenance_dead import make_way
 from coffret.engine.maintenance_index import TableMerge
-from coffret.engine.maintenance_marks import MAX_PACKS, put_done, read_mark
+from coffret.engine.maintenance_marks import MAX_PACKS, put_done
 from coffret.engine.maintenance_view import TRIES, Scene, others_at_work
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, batches, read_listed
@@ -126,19 +126,18 @@ class Sweep(_Replacing):
         repository: Repository,
         attempt: Attempt,
         number: int,
-        mark: ObjectInfo,
+        doomed: frozenset[bytes],
         limits: Limits,
         progress: Progress,
     ) -> None:
         super().__init__(repository, attempt, progress)
-        self._number, self._mark, self._limits = number, mark, limits
+        self._number, self._doomed, self._limits = number, doomed, limits
         self.deleted_packs = self.deleted_bytes = self.stored_bytes = self.ended_attempts = self.missing_packs = 0
         self.damaged_packs: list[str] = []
 
     async def run(self) -> None:
         """List anew, copy, replace, commit, delete. Each attempt that the mark has seen has ended by now."""
-        progress, scene = self._progress, self._scene
-        doomed = await read_mark(self._connector, self._sealer, self._mark)
+        progress, scene, doomed = self._progress, self._scene, self._doomed
         progress.phase = "looking"
         found = await self._look(doomed)
         if found is None:

@@ -64,6 +64,7 @@ class TreeRestore:
         sparse: bool,
     ) -> None:
         self._catalog, self._pool, self._places, self._report = catalog, pool, places, report
+        self._jobs = pool.slabs + _JOBS_BESIDE_SLABS
         self._patterns, self._overwrite = patterns, overwrite
         self._scope, self._cut = scope, len(scope.base) + 1 if scope.base else 0
         # Some names may be taken: what is not there at once as a whole is made under another and renamed.
@@ -174,7 +175,7 @@ class TreeRestore:
         nodes, self._nodes = self._nodes, []
         if not nodes:
             return
-        await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
+        await self._pool.drain(below=self._jobs)
         job = 0
 
         def done(faults: Faults) -> None:
@@ -187,7 +188,7 @@ class TreeRestore:
     async def _flush_kept(self) -> None:
         kept, self._kept = self._kept, []
         if kept:
-            await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
+            await self._pool.drain(below=self._jobs)
             self._pool.submit("kept", kept, done=lambda faults: self._tell(faults, None))
 
     def _tell(self, faults: Faults, paths: Sequence[bytes] | None) -> None:
@@ -237,7 +238,7 @@ class TreeRestore:
             await self._with_meta(place, entry, self._directories, (place,))
         if len(self._directories) >= _NODES:
             await self._flush_directories()
-            await self._pool.drain(below=self._pool.slabs + _JOBS_BESIDE_SLABS)
+            await self._pool.drain(below=self._jobs)
         return named
 
     def _asked(self, directory: bytes, entry: Entry) -> bool:

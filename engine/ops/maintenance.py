@@ -38,6 +38,7 @@ from coffret.engine.snapshot import snapshot_name
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from coffret.connectors.base import ObjectInfo
     from coffret.engine.maintenance_marks import Marks
     from coffret.engine.progress import Progress
     from coffret.engine.repository import Repository
@@ -146,20 +147,20 @@ class _Maintenance:
         self._repository, self._options, self._progress = repository, options, progress
         self._connector, self._sealer = repository.connector, repository.sealer
         self.summary = MaintenanceSummary()
-        # A mark that can't be read waits for its grace: until then nothing else can be looked at.
-        self._blocked = False
 
     async def run(self) -> None:
         """Sweep what is marked, mark what is to be swept, until nothing is left to do now; then merge."""
         for _ in range(_ROUNDS):
             marks = await list_marks(self._connector)
             if marks.open:
-                if not await self._sweep(marks):
+                number, packs = await self._next(marks)
+                if not await self._sweep(number, marks.open[number], packs):
+                    if packs is None:  # until it is over nothing else can be looked at
+                        return
                     break
             elif not await self._as_attempt(self._mark):
                 break
-        if not self._blocked:
-            await self._as_attempt(self._merge)
+        await self._as_attempt(self._merge)
 
     async def look(self) -> None:
         """What a run would mark, or has to wait for; nothing is written."""
@@ -234,23 +235,28 @@ class _Maintenance:
 
     # Sweep ------------------------------------------------------------------------------------------------------------
 
-    async def _sweep(self, marks: Marks) -> bool:
-        """Sweep the open mark, if that is possible now; return whether it is over."""
-        number, self._blocked = await self._next(marks)
-        # Before the lease of this attempt: it is not one that the sweep has to wait for.
-        seen = await record_seen(self._connector, self._sealer, bytes(16), marks.open[number])
-        return await self._as_attempt(partial(self._sweep_as, number=number, seen=seen))
+    async def _next(self, marks: Marks) -> tuple[int, frozenset[bytes] | None]:
+        """The mark to go on with, and what it names, None if that can't be read: such a one comes first.
 
-    async def _next(self, marks: Marks) -> tuple[int, bool]:
-        """The mark to go on with, and whether it can't be read. There is one, but where the end of another was lost."""
+        There is one, but where the end of another was lost.
+        """
+        named: dict[int, frozenset[bytes]] = {}
         for number, info in sorted(marks.open.items()):
             try:
-                await read_mark(self._connector, self._sealer, info)
+                named[number] = await read_mark(self._connector, self._sealer, info)
             except Damaged:
-                return number, True
-        return min(marks.open), False
+                return number, None
+        return min(named.items())
 
-    async def _sweep_as(self, attempt: Attempt, *, number: int, seen: frozenset[str]) -> bool:
+    async def _sweep(self, number: int, mark: ObjectInfo, packs: frozenset[bytes] | None) -> bool:
+        """Sweep an open mark, which names these packs, if that is possible now; return whether it is over."""
+        # Before the lease of this attempt: it is not one that the sweep has to wait for.
+        seen = await record_seen(self._connector, self._sealer, bytes(16), mark)
+        return await self._as_attempt(partial(self._sweep_as, number=number, packs=packs, seen=seen))
+
+    async def _sweep_as(
+        self, attempt: Attempt, *, number: int, packs: frozenset[bytes] | None, seen: frozenset[str]
+    ) -> bool:
         now_s = await attempt.clock()
         self.summary.sweep_in_s = None
         ended = await self._wait_for(attempt, seen, now_s)
@@ -268,13 +274,12 @@ class _Maintenance:
             if (left_s := begun_s + self._options.grace_s - now_s) > 0:
                 self.summary.sweep_in_s = left_s
                 return False
-        if self._blocked:
+        if packs is None:
             # Who knew what it names has ended, and what may have been late of theirs has arrived.
             self._progress.note(f"trash/{number} can't be read, and is ended: what it named is looked for anew")
             await put_done(self._connector, self._sealer, attempt.id, number)
-            self._blocked = False
             return True
-        sweep = Sweep(self._repository, attempt, number, marks.open[number], self._options.limits, self._progress)
+        sweep = Sweep(self._repository, attempt, number, packs, self._options.limits, self._progress)
         await sweep.run()
         self.summary.swept_packs += sweep.deleted_packs
         self.summary.missing_packs += sweep.missing_packs

@@ -140,7 +140,7 @@ async def repair_snapshots(
             summary.repaired.append(repaired)
             await _forget(repository, snapshot, options, summary, whole=whole)
     if snapshots is None and commits.damaged:
-        await _give_up(repository, [name for name, _ in commits.damaged], options, progress, summary)
+        await _give_up(repository, [name for name, _ in commits.damaged], options, progress, summary, whole=whole)
     return summary
 
 
@@ -150,18 +150,20 @@ async def _give_up(
     options: SnapshotRepairOptions,
     progress: Progress,
     summary: SnapshotRepairSummary,
+    *,
+    whole: bool,
 ) -> None:
     """Give up what can't be read, if so asked: as long as it stands there, nothing can be removed.
 
     It may be a snapshot, or the tombstone of an attempt that must not be believed. So all packs that it may have named
-    are named anew first, as far as they are there.
+    are named by others, as far as they are there, or the index is not `whole`.
     """
     if not options.forget or options.dry_run:
         for name in names:
             progress.note(f"{name} can't be read, and nothing can be removed while it is there; --forget gives it up")
         summary.unreadable += names
         return
-    if (await repair_index(repository, IndexRepairOptions(), progress)).left:
+    if not whole:
         progress.note("what can't be read is not given up while packs are marked for removal: run `repair index` first")
         summary.unreadable += names
         return
