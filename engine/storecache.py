@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio import to_thread
 
+from coffret.engine.state import make_private
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
@@ -87,7 +89,7 @@ class StoreCache:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
+            make_private(self._path.parent)
             self._path.touch(0o600)
             connection = sqlite3.connect(
                 self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=16

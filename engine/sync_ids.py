@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from coffret.engine.errors import CoffretError, OutOfSpace
 from coffret.engine.records import ATTEMPT_BYTES, ID_BYTES, REF_BYTES
+from coffret.engine.state import make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,7 +148,7 @@ class SyncIds:
         return self._connection
 
     def _connect(self) -> sqlite3.Connection:
-        self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        make_private(self._path.parent)
         self._path.touch(0o600)
         connection = sqlite3.connect(
             self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=16

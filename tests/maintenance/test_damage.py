@@ -9,7 +9,7 @@ import pytest
 from tests.harness import Program, Recorder
 from tests.maintenance.oracle import Oracle
 from tests.maintenance.scene import Scene
-from tests.maintenance.scenery import PIECES
+from tests.maintenance.scenery import PIECES, with_garbage
 from tests.test_json import validate_all
 
 from coffret.engine.catalog_reader import Catalog
@@ -250,15 +250,9 @@ async def bad_packs(storage: Storage) -> frozenset[bytes]:
 
 
 async def test_what_the_program_says_of_what_nothing_needs(tmp_path: Path) -> None:
-    program, source = Program(tmp_path), tmp_path / "source"
-    program("create", "--no-encryption")
-    source.mkdir()
-    for _ in range(2):
-        (source / "file").write_bytes(os.urandom(200_000))
-        program("backup", source)
-        if not (packs := [*(program.repository / "packs").glob("*/*")])[2:]:
-            lost = max(packs, key=lambda path: path.stat().st_size)
-    program("rm", program("ls", "--json").of_type("item")[0]["snapshot_id"])
+    program = with_garbage(tmp_path)
+    packs = sorted((program.repository / "packs").glob("*/*"), key=lambda path: path.stat().st_mtime_ns)
+    lost = max(packs[:2], key=lambda path: path.stat().st_size)  # the removed snapshot's content, beside its catalog
     lost.unlink()
     told = program("check", code=4).stdout
     assert told == "check: found damage: 1 pack, and nothing is lost by it; `coffret maintenance` takes it away\n"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from tests.attempts.storage import ONE_WORKER, Storage
-from tests.harness import Program, Recorder
+from tests.harness import Recorder
 from tests.maintenance.scene import Scene
-from tests.maintenance.scenery import PIECES
+from tests.maintenance.scenery import PIECES, with_garbage
 
 from coffret.connectors.faults import FaultyConnector
 from coffret.engine import sealing
@@ -172,13 +172,7 @@ async def test_what_was_seen_need_not_say_of_which(tmp_path: Path) -> None:
 
 
 async def test_what_the_program_says(tmp_path: Path) -> None:
-    program, source = Program(tmp_path), tmp_path / "source"
-    program("create", "--no-encryption")
-    source.mkdir()
-    for _ in range(2):
-        (source / "file").write_bytes(os.urandom(10_000))
-        program("backup", source)
-    program("rm", program("ls", "--json").of_type("item")[0]["snapshot_id"])
+    program, source = with_garbage(tmp_path), tmp_path / "source"
     program("maintenance")
     mark = program.repository / "trash" / "1"
     mark.chmod(0o600)
