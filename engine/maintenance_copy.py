@@ -122,10 +122,8 @@ class Copier:
     async def _read(self, groups: Iterable[list[tuple[bytes, Location, bool]]]) -> None:
         with self._outbox as outbox:
             iterator = iter(groups)
-            while (found := await to_thread.run_sync(next, iterator, None)) is not None:
-                wanted = await to_thread.run_sync(by_block, found)
-                gap_bytes = self._repository.connector.capabilities.coalesce_gap_bytes
-                parts = iter(coalesce([each.location for each in wanted.values()], gap_bytes))
+            while (found := await to_thread.run_sync(next_wanted, iterator, self._fetcher)) is not None:
+                parts, wanted = iter(found[0]), found[1]
                 async with anyio.create_task_group() as readers:
                     for _ in range(_READERS):
                         readers.start_soon(self._ranges, parts, wanted, outbox)
@@ -166,7 +164,21 @@ class Copier:
         return found
 
 
-def by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], Wanted]:
+def next_wanted(
+    groups: Iterator[list[tuple[bytes, Location, bool]]], fetcher: Fetcher
+) -> tuple[list[Range], dict[tuple[bytes, int], Wanted]] | None:
+    """The ranges of packs to read for the next group, and what is wanted of their blocks; None if none is left.
+
+    For threads.
+    """
+    if (found := next(groups, None)) is None:
+        return None
+    wanted = _by_block(found)
+    gap_bytes = fetcher.connector.capabilities.coalesce_gap_bytes
+    return [*coalesce([each.location for each in wanted.values()], gap_bytes)], wanted
+
+
+def _by_block(found: list[tuple[bytes, Location, bool]]) -> dict[tuple[bytes, int], Wanted]:
     """What is wanted, by block, in order; a block counts as one of a catalog if anything wanted of it is."""
     blocks: dict[tuple[bytes, int], Wanted] = {}
     for chunk_id, location, meta in sorted(found, key=lambda each: (each[1].pack, each[1].offset, each[1].inner)):

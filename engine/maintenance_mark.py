@@ -30,8 +30,7 @@ async def choose_packs(repository: Repository, scene: Scene, needs: Needs) -> Ch
     Of those that are known to be damaged (which `needs` takes for doomed) all of which what is needed can be copied.
     Packs that are missing hold nothing that is needed, or it could not be told what is: the index forgets them.
     """
-    fetcher = repository.fetcher(scene.attempt.mirror, strict=True)
-    sound = await sound_packs(repository, fetcher, needs)
+    sound = await sound_packs(repository.fetcher(scene.attempt.mirror, strict=True), needs)
     named, missing = await scene.named(), await scene.missing(MAX_PACKS)
     owners = await scene.owners(named)
     ended, bad = scene.ended, scene.attempt.mirror.bad_packs

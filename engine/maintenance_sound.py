@@ -12,23 +12,20 @@ from anyio import to_thread
 
 from coffret.connectors.errors import ConnectorError
 from coffret.engine.errors import Damaged
-from coffret.engine.fetch import coalesce
-from coffret.engine.maintenance_copy import COPIES_AT_ONCE, by_block, open_wanted
+from coffret.engine.maintenance_copy import COPIES_AT_ONCE, next_wanted, open_wanted
 
 if TYPE_CHECKING:
     from coffret.engine.fetch import Fetcher
     from coffret.engine.maintenance_needs import Needs
-    from coffret.engine.repository import Repository
 
 
-async def sound_packs(repository: Repository, fetcher: Fetcher, needs: Needs) -> frozenset[bytes]:
+async def sound_packs(fetcher: Fetcher, needs: Needs) -> frozenset[bytes]:
     """Those of the doomed packs of `needs` of which something is needed, and all that is can be read."""
     tried, failed = set[bytes](), set[bytes]()
     groups = needs.to_copy(COPIES_AT_ONCE)
-    gap_bytes = repository.connector.capabilities.coalesce_gap_bytes
-    while (found := await to_thread.run_sync(next, groups, None)) is not None:
-        wanted = by_block(found)
-        for part in coalesce([each.location for each in wanted.values()], gap_bytes):
+    while (found := await to_thread.run_sync(next_wanted, groups, fetcher)) is not None:
+        parts, wanted = found
+        for part in parts:
             packs = {location.pack for location in part.blocks}
             tried |= packs
             if packs <= failed:

@@ -143,7 +143,9 @@ class Sweep(_Replacing):
         if found is None:
             return
         needs, naming = found
-        self.missing_packs = len(doomed.intersection(await scene.missing(MAX_PACKS)))
+        there = [number for pack in doomed if (number := scene.packs.number(pack)) >= 0]
+        if len(there) < len(doomed):
+            self.missing_packs = len(doomed.intersection(await scene.missing(MAX_PACKS)))
         writer = await self._writer()
         before = progress.stored_bytes
         if any(needs.copies):
@@ -153,7 +155,6 @@ class Sweep(_Replacing):
         await self._publish(writer, naming, without=doomed)
         progress.phase = "deleting"
         await self._delete(naming)
-        there = [number for pack in doomed if (number := scene.packs.number(pack)) >= 0]
         await self._delete(pack_name(scene.packs[number][0]) for number in there)
         self.deleted_packs, self.deleted_bytes = len(there), sum(scene.packs[number][1] for number in there)
         await put_done(self._connector, self._sealer, self._attempt.id, self._number)
