@@ -95,10 +95,10 @@ class Server:
     def kill(self) -> None:
         """As a power cut."""
         if self._process is not None:
-            children = children_of(self.pid)
+            stop(self.pid)  # or what it makes meanwhile would go on listening
+            kill_below(self.pid)
             self._process.kill()
             self._process.wait()
-            kill(children)
             self._process = None
         atexit.unregister(self.kill)
 
@@ -223,6 +223,24 @@ def children_of(pid: int) -> list[int]:
     except FileNotFoundError:
         return []
     return [found for child in children for found in (*children_of(child), child)]
+
+
+def kill_below(pid: int) -> None:
+    """End the processes below one as a crash does, those too that they make meanwhile."""
+    found: set[int] = set()
+    while more := set(children_of(pid)) - found:
+        found |= more
+        for child in more:
+            stop(child)
+    kill(found)
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and return when it stands still, or is no more."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TtZX":
+            time.sleep(0.001)
 
 
 def kill(pids: Iterable[int]) -> None:

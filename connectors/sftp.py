@@ -242,6 +242,7 @@ class SFTPConnector(Connector):
             raise refusal.kind(f"{self.location}{'/' * bool(name)}{name}: {refusal.reason}") from refusal
         finally:
             session.calls, session.large_calls = session.calls - 1, session.large_calls - large
+            self._connections.changed()
             if self.capabilities.exclusive_puts is not bool(self._naming.exclusive):
                 self.capabilities = replace(self.capabilities, exclusive_puts=bool(self._naming.exclusive))
 

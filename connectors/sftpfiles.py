@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
@@ -36,8 +37,17 @@ class OpenFile:
     def __init__(self, session: Session, file: asyncssh.SFTPClientFile) -> None:
         self._session, self._file, self._closed = session, file, False
 
-    async def write(self, piece: Buffer, offset: int) -> None:
-        await self._session.ask(self._file.write(cast("bytes", piece), offset))
+    def begin_write(self, piece: Buffer, offset: int) -> asyncio.Future[Any]:
+        """Send a piece, which stays as it is until the answer is there; `written` waits for that."""
+        sending = self._session.sending
+        if sending is None:
+            return asyncio.ensure_future(self._file.write(cast("bytes", piece), offset))
+        return sending.begin_write(cast("bytes", self._file._handle), offset, piece)
+
+    async def written(self, answer: asyncio.Future[Any]) -> None:
+        """Wait until a piece is written."""
+        sending = self._session.sending
+        await self._session.ask(answer if sending is None else sending.written(answer))
 
     async def read(self, length: int, offset: int) -> bytes:
         """At most `length` bytes, b"" at the end of the file."""
@@ -91,16 +101,17 @@ class Files:
     async def write(self, name: str, body: Sequence[Buffer]) -> bool:
         """Write a new file and make it durable; False if the server can't do that."""
         file = OpenFile(self.session, await self._open(name, "xb"))
+        answers: deque[asyncio.Future[Any]] = deque()
         try:
-            if self.session.in_order:
-                return await self._write_in_order(file, body)
-            await self._write_pieces(file, body)
-            synced = await file.sync()
-            await file.close()
-            return synced
+            await self._send(file, body, answers)
+            return await self._finish(file, answers)
         except BaseException:
             file.close_later()
             raise
+        finally:
+            for answer in answers:
+                if not answer.cancel() and not answer.cancelled():
+                    answer.exception()  # of several failures one is told
 
     async def _open(self, name: str, mode: str) -> asyncssh.SFTPClientFile:
         import asyncssh
@@ -111,50 +122,39 @@ class Files:
 
         return cast("asyncssh.SFTPClientFile", await self.session.ask(opening()))
 
-    async def _write_in_order(self, file: OpenFile, body: Sequence[Buffer]) -> bool:
-        """Send an object and, right behind it, what makes it durable and closes it: a round trip instead of three."""
-        room = anyio.Semaphore(self._width(sum(map(len, body)), self.session.write_bytes, _WRITES_BYTES))
-        failures: list[Exception] = []
+    async def _send(self, file: OpenFile, body: Sequence[Buffer], answers: deque[asyncio.Future[Any]]) -> None:
+        """Send an object in pieces; what has not been answered in the end is left in `answers`."""
+        width = self._width(sum(map(len, body)), self.session.write_bytes, _WRITES_BYTES)
+        for offset, piece in pieces(body, self.session.write_bytes):
+            if self._pace is not None:
+                await self._pace.upload.take(len(piece))
+            if len(answers) >= width:
+                await file.written(answers[0])
+                answers.popleft()
+            answers.append(file.begin_write(piece, offset))
+
+    async def _finish(self, file: OpenFile, answers: deque[asyncio.Future[Any]]) -> bool:
+        """Wait for what has been sent to be written, make it durable and close it; False if it can't be durable.
+
+        A server that answers in order is asked for all of it at once: a round trip instead of three.
+        """
         synced = False
 
-        async def send(request: Callable[[], Awaitable[None]]) -> None:
-            try:
-                await request()
-            except Exception as error:
-                failures.append(error)
-            finally:
-                room.release()
+        async def wait() -> None:
+            for answer in answers:
+                await file.written(answer)
 
         async def sync() -> None:
             nonlocal synced
             synced = await file.sync()
 
-        async with anyio.create_task_group() as tasks:
-            # Tasks begin in the order in which they are made, and what each asks for is sent when it begins.
-            for offset, piece in pieces(body, self.session.write_bytes):
-                if self._pace is not None:
-                    await self._pace.upload.take(len(piece))
-                await room.acquire()
-                if failures:
-                    break
-                tasks.start_soon(send, partial(file.write, piece, offset))
-            else:
-                tasks.start_soon(send, sync)
-                tasks.start_soon(send, file.close)
-        if failures:
-            raise failures[0]
+        if self.session.in_order:
+            await at_once([wait(), sync(), file.close()])
+        else:
+            await wait()
+            await sync()
+            await file.close()
         return synced
-
-    async def _write_pieces(self, file: OpenFile, body: Sequence[Buffer]) -> None:
-        left = pieces(body, self.session.write_bytes)
-
-        async def write() -> None:
-            for offset, piece in left:
-                if self._pace is not None:
-                    await self._pace.upload.take(len(piece))
-                await file.write(piece, offset)
-
-        await in_parallel(write, self._width(sum(map(len, body)), self.session.write_bytes, _WRITES_BYTES))
 
     async def read_into(self, file: OpenFile, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` of the file.

@@ -15,7 +15,7 @@ from typing import Any
 
 import asyncssh
 import asyncssh.sftp
-from bench.remote_servers import SSHD, Home, Sshd, children_of, make_key
+from bench.remote_servers import SSHD, Home, Sshd, children_of, kill_below, make_key
 from bench.remote_servers import kill as _kill
 from tests.connectors.servers import free_port, missing
 
@@ -59,7 +59,7 @@ class SSHServer(Sshd):
 
     def kill_sessions(self) -> None:
         """End all connections as a crash does; the server goes on listening."""
-        _kill(self.sessions())
+        kill_below(self.pid)
 
     def remove(self) -> None:
         """Kill it, and leave nothing behind."""
