@@ -318,11 +318,14 @@ class _Updating:
 async def find_bad_packs(connector: Connector, mirror: Mirror) -> None:
     """List packs/, a request for each 1,000, and compare with what the index says: `mirror.bad_packs` gets the missing.
 
-    Packs of index objects that were listed before are there, or never will be again.
+    Packs of index objects that were listed before are there, or never will be again. Where the index names none, none
+    is listed: a first backup does not wait for that.
     """
-    listed = await PackList.listed(connector)
+    listed: PackList | None = None
     bad: set[bytes] = set()
     async for batch in mirror.packs():
+        if listed is None:
+            listed = await PackList.listed(connector)
         for pack, size_bytes in batch:
             number = listed.number(pack)
             if number < 0 or listed[number][1] != size_bytes:

@@ -6,8 +6,6 @@ write it with O_DIRECT; and one larger object, an index object, at a time.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,6 +17,7 @@ from coffret.engine import sealing
 from coffret.engine.configuration import clear_secrets
 from coffret.engine.errors import Damaged, UsageError
 from coffret.engine.fetch import unreadable
+from coffret.engine.memory import fresh_memory, give_back
 from coffret.engine.mirror import attempt_of
 from coffret.engine.objects import MAX_INDEX_BYTES, MAX_MARK_BYTES, MAX_SNAPSHOT_BYTES, put_once
 from coffret.engine.packfile import pack_name
@@ -27,6 +26,7 @@ from coffret.engine.sealing import HEADER_BYTES, TAG_BYTES, Sealer, check_header
 from coffret.engine.settings import MIB
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Iterable, Iterator
 
     from coffret.connectors.base import Connector
@@ -57,7 +57,7 @@ class Copier:
         self._gets, self._puts = anyio.CapacityLimiter(gets), anyio.CapacityLimiter(puts)
         self._one_large = anyio.Lock()
         count = max(2, min(gets + puts, _MEMORY_BYTES // config.pack_bytes))
-        self._buffers = [mmap.mmap(-1, config.pack_bytes) for _ in range(count)]
+        self._buffers = [fresh_memory(config.pack_bytes) for _ in range(count)]
         self._pack_bytes = config.pack_bytes
         self.damaged: dict[str, str] = {}
         self.copied = self.size_bytes = 0
@@ -77,12 +77,8 @@ class Copier:
 
     def close(self) -> None:
         """Give the buffers back to the system."""
-        for buffer in self._buffers:
-            # Whoever still has a view of it: after an error tracebacks hold frames.
-            buffer.madvise(mmap.MADV_DONTNEED)
-            with contextlib.suppress(BufferError):
-                buffer.close()
-        self._buffers.clear()
+        give_back(self._buffers)
+        self._buffers = []
 
     async def _work(self, objects: Iterator[tuple[str, int]], buffer: mmap.mmap, gone: list[str]) -> None:
         for name, size_bytes in objects:

@@ -14,7 +14,7 @@ from coffret.engine import configuration, keys, state
 from coffret.engine.errors import NoRepository, UsageError
 from coffret.engine.keyring import put_slot
 from coffret.engine.objects import PROBE, put_once
-from coffret.engine.opening import bare_storage, check_not_lost
+from coffret.engine.opening import bare_storage, check_not_lost, slot_hint
 from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ async def create_repository(
             configuration.config_hash(data),
             folder=options.state_dir,
         )
+        if passphrase is not None:
+            state.remember_slot(connector.location, slot_hint(slot_id, slot), options.state_dir)
         for note in (*notes, *connector.notes):
             if on_note is not None:
                 on_note(note)

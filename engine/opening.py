@@ -95,7 +95,11 @@ async def open_repository(
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = check_pins(connector, data, options, writing=writing)
-            if slot_id and isinstance(keyring, Keyring) and hint != (known := _hint(slot_id, keyring.live[slot_id])):
+            if (
+                slot_id
+                and isinstance(keyring, Keyring)
+                and hint != (known := slot_hint(slot_id, keyring.live[slot_id]))
+            ):
                 await to_thread.run_sync(state.remember_slot, connector.location, known, options.state_dir)
             notes = [note] if note else []
             if options.use_cache and mirror.why_private:
@@ -227,7 +231,8 @@ async def _derive_ahead(
     return None
 
 
-def _hint(slot_id: str, data: bytes) -> SlotHint:
+def slot_hint(slot_id: str, data: bytes) -> SlotHint:
+    """What is remembered of a key slot, for `_derive_ahead`."""
     salt, cost = keys.parse_slot(slot_id, data).kdf_parameters
     return state.SlotHint(slot_id, salt, *cost)
 

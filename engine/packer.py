@@ -6,8 +6,6 @@ them with O_DIRECT. Catalog chunks fill packs of their own, so that reading a ca
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,10 +15,14 @@ import zstandard
 
 from coffret.engine.errors import CoffretError
 from coffret.engine.flow import Waiters
+from coffret.engine.memory import fresh_memory, give_back
 from coffret.engine.packfile import PackBuilder
 from coffret.engine.sealing import RAW, ZSTD
 
 if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Callable
+
     from coffret.engine.flow import Sender
     from coffret.engine.messages import RawBlock
     from coffret.engine.sealing import Sealer
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # What a thread seals before it comes back, so that slabs go back soon and cancelling does not take long.
 _AT_ONCE_BYTES = 4 << 20
+# From here on what is stored is more than a few small packs. Well before the first large one is full.
+_SURE_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
@@ -52,6 +56,7 @@ class Packer:
         pack_bytes: int,
         buffers: int,
         outbox: Sender[PackBuilder],
+        expect_transfers: Callable[[], None],
     ) -> None:
         self._sealer, self._attempt, self._level = sealer, attempt, level
         self._pack_bytes, self._spare, self._outbox = pack_bytes, buffers, outbox
@@ -62,7 +67,7 @@ class Packer:
         self._turns = {False: anyio.Lock(), True: anyio.Lock()}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self.stored_bytes = 0
+        self._expect_transfers, self._until_transfers = expect_transfers, _SURE_BYTES
 
     def _compress(self, block: RawBlock) -> Body:
         """Join and compress a block, unless it comes packed; one that does not shrink stays as it is."""
@@ -112,6 +117,13 @@ class Packer:
                 full.append(pack)
         return len(blocks), None, full
 
+    def sealed(self, size_bytes: int) -> None:
+        """So many bytes more are in packs: before the first is full, the storage may make ready for what comes."""
+        if self._until_transfers > 0:
+            self._until_transfers -= size_bytes
+            if self._until_transfers <= 0:
+                self._expect_transfers()
+
     async def make_room(self, body: Body) -> None:
         """Open another pack in place of the one a block did not fit in.
 
@@ -133,7 +145,7 @@ class Packer:
                 buffer = self._free.pop()
             else:
                 self._spare -= 1
-                buffer = mmap.mmap(-1, self._pack_bytes)
+                buffer = fresh_memory(self._pack_bytes)
             builder = PackBuilder(memoryview(buffer), self._sealer, self._attempt)
             builder.meta = meta
             self._buffers[id(builder)] = buffer
@@ -162,11 +174,7 @@ class Packer:
 
     def close(self) -> None:
         """Give all buffers back to the system, when no block is sealed and no pack put any more."""
-        for buffer in (*self._free, *self._buffers.values()):
-            # Whoever still has a view of it: after an error tracebacks hold frames, and those hold packs.
-            buffer.madvise(mmap.MADV_DONTNEED)
-            with contextlib.suppress(BufferError):
-                buffer.close()
+        give_back([*self._free, *self._buffers.values()])
         self._free.clear()
         self._buffers.clear()
         self._current.clear()

@@ -59,7 +59,7 @@ class Limits:
 
     workers: int = WORKERS
     slabs: int = SLABS_PER_WORKER
-    sealers: int = max(2, os.cpu_count() or 1)
+    sealers: int = 1 + (os.cpu_count() or 1)  # one may wait for the interpreter: 2 % on small files
     uploads: int = 0  # 0: as many as suit the storage
     pages: int = 32
     blocks: int = 8
@@ -107,7 +107,13 @@ class Storing:
         )
         self._outbox = self._packs.sender()
         self._packer = Packer(
-            sealer, attempt, level=level, pack_bytes=pack_bytes, buffers=limits.pack_buffers, outbox=self._outbox
+            sealer,
+            attempt,
+            level=level,
+            pack_bytes=pack_bytes,
+            buffers=limits.pack_buffers,
+            outbox=self._outbox,
+            expect_transfers=connector.expect_transfers,
         )
 
     @property

@@ -28,6 +28,7 @@ async def seal_stage(
         blocks, body = [first, *inbox.receive_more(_AT_ONCE - 1)], None
         while blocks:
             count, body, full = await to_thread.run_sync(packer.seal, blocks, body, limiter=threads)
+            packer.sealed(sum(block.raw_bytes for block in blocks[:count]))
             for block in blocks[:count]:
                 block.release()
             del blocks[:count]

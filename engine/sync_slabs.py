@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from coffret.engine.chunkpool import Slab
 from coffret.engine.flow import Waiters
+from coffret.engine.memory import fresh_memory, give_back
+
+if TYPE_CHECKING:
+    import mmap
 
 
 class Slabs:
@@ -28,7 +31,7 @@ class Slabs:
             view = self._free.pop()
         else:
             self._spare -= 1
-            self._maps.append(mmap.mmap(-1, 2 * self.half_bytes))
+            self._maps.append(fresh_memory(2 * self.half_bytes))
             view = memoryview(self._maps[-1])
         return Slab(view, partial(self._return, view))
 
@@ -41,8 +44,5 @@ class Slabs:
         for view in self._free:
             view.release()
         self._free.clear()
-        for memory in self._maps:
-            memory.madvise(mmap.MADV_DONTNEED)  # after an error, tracebacks hold frames, and those hold views
-            with suppress(BufferError):
-                memory.close()
-        self._maps.clear()
+        give_back(self._maps)
+        self._maps = []

@@ -26,6 +26,7 @@ import anyio
 from coffret.engine.errors import WorkerDied
 from coffret.engine.flow import Waiters
 from coffret.engine.frames import frame, take_frames
+from coffret.engine.memory import give_back
 from coffret.engine.processes import all_ended, environment, exit_of, how_ended
 
 if TYPE_CHECKING:
@@ -203,9 +204,7 @@ class WorkerPool:
         self.workers.clear()
         del self._handle
         if self._memory is not None:
-            self._memory.madvise(mmap.MADV_REMOVE)
-            with contextlib.suppress(BufferError):
-                self._memory.close()
+            give_back([self._memory], mmap.MADV_REMOVE)
             self._memory = None
 
 
