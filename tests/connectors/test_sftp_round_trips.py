@@ -273,14 +273,16 @@ async def test_what_fails_in_the_middle_is_the_error(
     """Requests behind it are sent already: nothing of them counts, and no file is left open or behind."""
     from coffret.connectors.sftpfiles import OpenFile
 
-    write = OpenFile.write
+    begin_write = OpenFile.begin_write
 
-    async def failing(self: OpenFile, piece: Any, offset: int) -> None:
+    def failing(self: OpenFile, piece: Any, offset: int) -> asyncio.Future[Any]:
+        answer = begin_write(self, piece, offset)
         if offset:
-            raise Refusal(StorageFull, "no space left")
-        await write(self, piece, offset)
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_exception(Refusal(StorageFull, "no space left"))
+        return answer
 
-    monkeypatch.setattr(OpenFile, "write", failing)
+    monkeypatch.setattr(OpenFile, "begin_write", failing)
     with pytest.raises(StorageFull):
         await connector.put("packs/aa/full", [bytes(9 * MIB)])
     monkeypatch.undo()

@@ -96,10 +96,14 @@ def leave_two_names(connector: Connector, method: str) -> None:
 
 def cut_remote_file(connector: Connector, method: str) -> None:
     """The server has half of a file; or some of the folders."""
-    write, make_folder, made = sftpfiles.OpenFile.write, sftpfiles.Files.make_folder, 0
+    begin_write, written = sftpfiles.OpenFile.begin_write, sftpfiles.OpenFile.written
+    make_folder, made = sftpfiles.Files.make_folder, 0
 
-    async def write_half(self: sftpfiles.OpenFile, piece: Buffer, offset: int) -> None:
-        await write(self, piece[: len(piece) // 2], offset)
+    def begin_half(self: sftpfiles.OpenFile, piece: Buffer, offset: int) -> asyncio.Future[Any]:
+        return begin_write(self, piece[: len(piece) // 2], offset)
+
+    async def half_written(self: sftpfiles.OpenFile, answer: asyncio.Future[Any]) -> None:
+        await written(self, answer)
         die()
 
     async def make(self: sftpfiles.Files, name: str) -> None:
@@ -109,7 +113,7 @@ def cut_remote_file(connector: Connector, method: str) -> None:
             die()
         await make_folder(self, name)
 
-    replace(sftpfiles.OpenFile, write=write_half)
+    replace(sftpfiles.OpenFile, begin_write=begin_half, written=half_written)
     replace(sftpfiles.Files, make_folder=make)
 
 
