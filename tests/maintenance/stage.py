@@ -77,8 +77,10 @@ class Gate(Wrapper):
         self._stage, self._party, self._oracle = stage, party, oracle
 
     async def put(self, name: str, body: Sequence[Buffer], *, if_absent: bool = False) -> None:
+        sent = [bytes(part) for part in body]  # what is on its way does not change, whatever becomes of the buffers
+
         async def request() -> None:
-            await self.inner.put(name, body, if_absent=if_absent)
+            await self.inner.put(name, sent, if_absent=if_absent)
             self._stage.look(f"put {name}", self._oracle)
 
         await self._send(f"put {name}", request)
