@@ -170,9 +170,9 @@ class Connections:
         self._sessions: list[Session] = []
         self._first = anyio.Lock()
         self._opening, self._expecting = 0, False
-        # Openings, by themselves: neither who waits for one nor `close`, which cancels it, is to end the other.
-        self._tasks: set[asyncio.Task[ConnectorError | None]] = set()
-        self._opened_last: asyncio.Task[ConnectorError | None] | None = None
+        self._closing = False
+        # Those that are being opened, by themselves: who waits for one may be cancelled while others do too.
+        self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._failures, self._failure = 0, ConnectorError()
         self._no_more_until = 0.0
@@ -185,28 +185,36 @@ class Connections:
 
         :raises ConnectorError: as `Login.connect`
         """
-        failures = self._failures
-        async with self._first:  # one login at a time, until one succeeds: a wrong password is given once
-            if not self._usable():
-                if failures != self._failures:  # the one before us failed while we waited
-                    raise type(self._failure)(str(self._failure)) from self._failure
-                try:
-                    session = await self._open()
-                except ConnectorError as error:
-                    self._failures, self._failure = self._failures + 1, error
-                    raise
-                self._open_expected()
-                return session
-        usable = self._usable()
-        while large and all(session.large_calls for session in usable):
-            if self._may_open():
-                self._begin_another(len(usable))
+        begun = False
+        while True:
+            await self._have_one()
+            usable = self._usable()
+            if not large or not all(session.large_calls for session in usable):
+                break
+            if not begun and self._may_open():
+                begun = True
+                self._begin_another()
             if reads or not self._opening:
                 break
             await self._changed.wait()
-            if not (usable := self._usable()):
-                raise self._why()
         return min(usable, key=lambda session: (session.large_calls, session.calls))
+
+    async def _have_one(self) -> None:
+        """See that there is a session: one login at a time, until one succeeds. A wrong password is given once."""
+        failures = self._failures
+        async with self._first:
+            if self._closing:
+                raise ConnectionLost("the repository is being closed")
+            if self._usable():
+                return
+            if failures != self._failures:  # the one before us failed while we waited
+                raise type(self._failure)(str(self._failure)) from self._failure
+            try:
+                await self._open()
+            except ConnectorError as error:
+                self._failures, self._failure = self._failures + 1, error
+                raise
+            self._open_expected()
 
     def changed(self) -> None:
         """A session is free again, or there is another: for those who wait for one."""
@@ -221,7 +229,7 @@ class Connections:
 
     def _open_expected(self) -> None:
         while self._expecting and self._may_open():
-            self._begin_another(len(self._sessions))
+            self._begin_another()
         self._expecting = False
 
     def forget(self, name: str) -> None:
@@ -229,15 +237,15 @@ class Connections:
         for session in self._sessions:
             session.handles.drop(name)
 
-    def _begin_another(self, others: int) -> asyncio.Task[ConnectorError | None]:
+    def _begin_another(self) -> None:
         self._opening += 1
-        another = asyncio.get_running_loop().create_task(self._open_another(others))
+        another = asyncio.get_running_loop().create_task(self._open_another())
         self._tasks.add(another)
         another.add_done_callback(self._opened)
-        return another
 
     async def close(self) -> None:
-        """Close all of them."""
+        """Close all of them, for good."""
+        self._closing = True
         for task in tuple(self._tasks):
             task.cancel()
         with anyio.CancelScope(shield=True):
@@ -247,31 +255,18 @@ class Connections:
         for session in sessions:
             await session.close()
 
-    async def _open_another(self, others: int) -> ConnectorError | None:
-        """Open one more than there are; where that is refused, the others do for a while."""
+    async def _open_another(self) -> None:
+        """Open one more than there are; where that fails, whatever of, the others do for a while."""
         try:
             await self._open()
-        except ConnectorError as error:
-            self.note = f"{self.login.address}: no more than {others} connections: {error}"
+        except Exception as error:
+            self.note = f"{self.login.address}: no more than {len(self._usable())} connections: {error}"
             self._no_more_until = anyio.current_time() + _NO_MORE_S
-            return error
-        return None
 
-    def _opened(self, task: asyncio.Task[ConnectorError | None]) -> None:
+    def _opened(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._opening -= 1
-        self._opened_last = task
         self.changed()
-        if not task.cancelled():
-            task.exception()  # whoever waits for it learns of it; perhaps nobody does
-
-    def _why(self) -> BaseException:
-        """Why there is no session, after one more was tried."""
-        task, lost = self._opened_last, ConnectionLost(f"{self.login.address}: the connection is lost")
-        if task is None:
-            return lost
-        error = ConnectionLost("the repository is being closed") if task.cancelled() else task.exception()
-        return error or task.result() or lost
 
     def _usable(self) -> list[Session]:
         for session in self._sessions:
@@ -281,15 +276,16 @@ class Connections:
         return self._sessions
 
     def _may_open(self) -> bool:
-        return len(self._sessions) + self._opening < self.limit and anyio.current_time() > self._no_more_until
+        room = len(self._sessions) + self._opening < self.limit
+        return room and not self._closing and anyio.current_time() > self._no_more_until
 
     async def _open(self) -> Session:
         connection = await self.login.connect()
         try:
             sftp = await start_sftp(connection, self.login.address)
+            session = Session(sftp, connection, self.login.address)
         except BaseException:
             connection.abort()
             raise
-        session = Session(sftp, connection, self.login.address)
         self._sessions.append(session)
         return session

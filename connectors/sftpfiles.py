@@ -128,7 +128,7 @@ class Files:
         for offset, piece in pieces(body, self.session.write_bytes):
             if self._pace is not None:
                 await self._pace.upload.take(len(piece))
-            if len(answers) >= width:
+            while answers and (len(answers) >= width or answers[0].done()):
                 await file.written(answers[0])
                 answers.popleft()
             answers.append(file.begin_write(piece, offset))

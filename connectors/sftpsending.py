@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import asyncssh
 
     from coffret.connectors.base import Buffer
@@ -30,6 +32,8 @@ _WRITE, _STATUS = 6, 101
 # Of a packet, before a channel's data: how long its padding is, its type, the channel, the length of the data.
 _BEFORE_BYTES = 10
 _PADDED_TO_BYTES, _LEAST_PADDING_BYTES = 16, 4
+# As large as OpenSSH allows packets to be; others may allow more.
+_MOST_BYTES = 32 << 10
 # What is used of asyncssh beside what it promises; a version that lacks any of it sends by itself.
 _OF_HANDLER = ("_writer", "_process_status", "_send_request", "send_packet")
 _OF_CHANNEL = ("_flush_send_buf", "_send_buf", "_send_buf_len", "_send_chan", "_send_pktsize", "_send_window")
@@ -45,15 +49,18 @@ _OF_CONNECTION = (
     "_send_seq",
     "_transport",
 )
+_OF_CIPHER = ("_iv", "_key")
+_OF_TRANSPORT = ("is_closing", "writelines")
 
 
 def send_quickly(sftp: asyncssh.SFTPClient, connection: asyncssh.SSHClientConnection) -> Sending | None:
     """Let a session, in which nothing is under way yet, send as told above; None if it can't."""
     handler: Any = getattr(sftp, "_handler", None)
     channel: Any = getattr(getattr(handler, "_writer", None), "channel", None)
-    for whole, names in ((handler, _OF_HANDLER), (channel, _OF_CHANNEL), (connection, _OF_CONNECTION)):
-        if not all(hasattr(whole, name) for name in names):
-            return None
+    if not (_has(handler, _OF_HANDLER) and _has(channel, _OF_CHANNEL) and _has(connection, _OF_CONNECTION)):
+        return None
+    if not _has(getattr(connection, "_transport", None), _OF_TRANSPORT):  # what a ProxyCommand is reached by
+        return None
     sending = Sending(handler, channel, connection)
     channel._flush_send_buf = sending.flush
     handler.send_packet = sending.send_request
@@ -66,7 +73,9 @@ class Sending:
     def __init__(self, handler: Any, channel: Any, connection: Any) -> None:
         self._handler, self._channel, self._connection = handler, channel, connection
         self._flush_slowly, self._send_request_whole = channel._flush_send_buf, handler.send_packet
-        self._packet = memoryview(bytearray(_BEFORE_BYTES + channel._send_pktsize + 2 * _PADDED_TO_BYTES))
+        self._packet_bytes = min(channel._send_pktsize, _MOST_BYTES)
+        # The padding of a packet is what an earlier one has left there: nobody can tell what is under AES-GCM.
+        self._packet = memoryview(bytearray(_BEFORE_BYTES + self._packet_bytes + 2 * _PADDED_TO_BYTES))
         self._cipher: Any = None
         self._aes = AESGCM(bytes(16))
 
@@ -80,6 +89,8 @@ class Sending:
         try:
             self._handler._send_request(_WRITE, (where, data), answer)
         except Exception as error:  # the session has ended
+            answer.cancel()  # asyncssh has it too, and passes over what is cancelled
+            answer = asyncio.get_running_loop().create_future()
             answer.set_exception(error)
         return answer
 
@@ -114,9 +125,13 @@ class Sending:
         waiting = channel._send_buf
         if waiting and channel._send_window:
             if self._may_send() and all(kind is None for _, kind in waiting):
-                self._send(waiting)
+                try:
+                    self._send(waiting)
+                except BaseException:  # there may be a hole in what the server gets
+                    self._connection.abort()
+                    raise
             else:  # asyncssh shortens what it has sent a part of
-                waiting[:] = [(bytearray(data), kind) for data, kind in waiting]
+                waiting[:] = [(d if isinstance(d, bytearray) else bytearray(d), kind) for d, kind in waiting]
         self._flush_slowly()  # it also tells of room, and of the end
 
     def _may_send(self) -> bool:
@@ -130,21 +145,20 @@ class Sending:
             return False
         cipher: Any = getattr(connection._send_encryption, "_cipher", None)
         if cipher is None or cipher is not self._cipher:  # the first, or after an exchange of keys
-            if type(cipher).__name__ != "GCMCipher":
+            if type(cipher).__name__ != "GCMCipher" or not _has(cipher, _OF_CIPHER):
                 return False
             self._cipher, self._aes = cipher, AESGCM(cipher._key)
         return True
 
     def _send(self, waiting: list[tuple[Buffer, None]]) -> None:
         channel, connection, cipher = self._channel, self._connection, self._cipher
-        packet, seal, most = self._packet, self._aes.encrypt, channel._send_pktsize
+        packet, seal = self._packet, self._aes.encrypt
         fixed, count = cipher._iv[:4], int.from_bytes(cipher._iv[4:], "big")
         packet[1:6] = bytes((_CHANNEL_DATA,)) + channel._send_chan.to_bytes(4, "big")
         packets: list[bytes] = []
-        before, size_bytes = channel._send_window, 0
-        window = before
+        window, size_bytes = channel._send_window, 0
         while waiting and window:
-            end = _BEFORE_BYTES + self._take(waiting, min(window, most))
+            end = _BEFORE_BYTES + self._take(waiting, min(window, self._packet_bytes))
             packet[6:10] = (end - _BEFORE_BYTES).to_bytes(4, "big")
             window -= end - _BEFORE_BYTES
             padding = -end % _PADDED_TO_BYTES
@@ -155,8 +169,8 @@ class Sending:
             packets += (length, seal(fixed + count.to_bytes(8, "big"), packet[: end + padding], length))
             count = (count + 1) % (1 << 64)
             size_bytes += end + padding
+        channel._send_buf_len -= channel._send_window - window
         channel._send_window = window
-        channel._send_buf_len -= before - window
         cipher._iv = fixed + count.to_bytes(8, "big")
         connection._send_seq = (connection._send_seq + len(packets) // 2) % (1 << 32)
         connection._rekey_bytes_sent += size_bytes
@@ -178,6 +192,10 @@ class Sending:
             done += 1
         del waiting[:done]
         return at - _BEFORE_BYTES
+
+
+def _has(whole: object, names: Sequence[str]) -> bool:
+    return all(hasattr(whole, name) for name in names)
 
 
 def _length(data: Buffer) -> bytes:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def fresh_memory(size_bytes: int) -> mmap.mmap:
     """Fresh memory of this process alone, zeroed, page-aligned as O_DIRECT needs it.
 
-    Private: the system takes it back by MADV_DONTNEED, and half as long to hand out as what can be shared.
+    Private: unlike what can be shared the system takes it back by MADV_DONTNEED.
     """
     return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -21,7 +21,8 @@ def fresh_memory(size_bytes: int) -> mmap.mmap:
 def give_back(memories: Sequence[mmap.mmap], advice: int = mmap.MADV_DONTNEED) -> None:
     """Give memory back to the system, by a thread: 100 MiB take it 20 ms.
 
-    Whoever still has a view of it does not keep it: after an error tracebacks hold frames, and frames hold views.
+    Nobody reads or writes it any more: what is private is zero from then on. Whoever still has a view of it does not
+    keep it: after an error tracebacks hold frames, and frames hold views.
     `advice`: what makes the system take back what can't be unmapped, MADV_REMOVE if it is shared.
     """
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # What a thread seals before it comes back, so that slabs go back soon and cancelling does not take long.
 _AT_ONCE_BYTES = 4 << 20
-# From here on what is stored is more than a few small packs. Well before the first large one is full.
+# So much, uncompressed, is worth making ready for: well before the first pack is full.
 _SURE_BYTES = 4 << 20
 
 
@@ -118,7 +118,7 @@ class Packer:
         return len(blocks), None, full
 
     def sealed(self, size_bytes: int) -> None:
-        """So many bytes more are in packs: before the first is full, the storage may make ready for what comes."""
+        """So many bytes more, uncompressed, are in packs: before one is full the storage may make ready for it."""
         if self._until_transfers > 0:
             self._until_transfers -= size_bytes
             if self._until_transfers <= 0:

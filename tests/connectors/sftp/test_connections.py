@@ -25,10 +25,14 @@ from coffret.connectors.errors import (
 from coffret.connectors.retry import RetryConnector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from coffret.connectors.base import Connector
+    from coffret.connectors.sftp import SFTPConnector
+    from coffret.connectors.sftpconnections import Session
+
+    Busy = tuple[SFTPConnector, Session, list[Callable[[], Exception | None]]]
 
 pytestmark = pytest.mark.anyio
 
@@ -209,6 +213,97 @@ class TestConnections:
             with anyio.fail_after(60):
                 await connector.close()
         assert ended == ["file"]
+
+    @pytest.fixture
+    async def busy(
+        self, server: sshd.SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[Busy]:
+        """A connector whose one session moves much; what becomes of further openings is asked of the list's last."""
+        fates: list[Callable[[], Exception | None]] = []
+        open_ = sftpconnections.Connections._open
+
+        async def opening(self: sftpconnections.Connections) -> Session:
+            for _ in range(100):
+                await asyncio.sleep(0.001)
+                if fates and (error := fates[-1]()) is not None:
+                    raise error
+            return await open_(self)
+
+        async with created(server.connector(tmp_path / "r")) as connector:
+            [session] = connector._connections._sessions
+            session.large_calls += 1
+            monkeypatch.setattr(sftpconnections.Connections, "_open", opening)
+            yield connector, session, fates
+
+    async def test_closing_opens_no_other(self, busy: Busy) -> None:
+        """Who waits for one is told, and begins none."""
+        connector, _, _ = busy
+        async with anyio.create_task_group() as tasks:
+
+            async def wait() -> None:
+                with pytest.raises(ConnectionLost, match="is being closed"):
+                    await connector._connections.session(large=True)
+
+            tasks.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            await connector.close()
+        assert not connector._connections._tasks
+        assert not connector._connections._sessions
+
+    @pytest.mark.parametrize("error", [ConnectorError("refused"), ValueError("nonsense")], ids=["refused", "otherwise"])
+    async def test_one_that_fails_is_not_tried_again_at_once(self, busy: Busy, error: Exception) -> None:
+        connector, session, fates = busy
+        asked = 0
+
+        def fail() -> Exception:
+            nonlocal asked
+            asked += 1
+            return error
+
+        fates.append(fail)
+        for _ in range(3):
+            assert await connector._connections.session(large=True) is session
+        assert asked == 1
+        assert any("no more than 1 connections" in note for note in connector.notes)
+
+    async def test_a_session_that_is_free_again_ends_the_wait(self, busy: Busy) -> None:
+        """Whatever becomes of the login; and who waits begins one, not several."""
+        connector, session, fates = busy
+        fates.append(lambda: None)
+        async with anyio.create_task_group() as tasks:
+            found = []
+
+            async def wait() -> None:
+                found.append(await connector._connections.session(large=True))
+
+            tasks.start_soon(wait)
+            for _ in range(5):
+                await anyio.wait_all_tasks_blocked()
+                await connector.put("index/a", [b"1"])
+            assert len(connector._connections._tasks) <= 1
+            session.large_calls -= 1
+            connector._connections.changed()
+        assert found
+
+    async def test_sessions_that_break_while_another_is_opened(self, busy: Busy) -> None:
+        """There is a new one then; what became of an opening long ago is of no interest."""
+        connector, session, fates = busy
+        fates.append(lambda: ConnectorError("refused"))
+        await connector._connections.session(large=True)
+        fates.append(lambda: None)
+        connector._connections._no_more_until = 0.0
+        async with anyio.create_task_group() as tasks:
+            found = []
+
+            async def wait() -> None:
+                found.append(await connector._connections.session(large=True))
+
+            tasks.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            session.abandon("broken")
+            connector._connections.changed()
+        assert found != [session]
+        assert len(found) == 1
 
     async def test_latency_is_hidden(
         self, server: sshd.SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

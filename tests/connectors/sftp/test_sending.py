@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,30 @@ async def test_where_it_can_not_be(
         assert by_asyncssh.count(_DATA) > 10 * 32
 
 
+async def test_through_another_program(own_server: sshd.SSHServer, tmp_path: Path, by_asyncssh: list[int]) -> None:
+    """What asyncssh reaches one by is not all that a socket is."""
+    relay = tmp_path / "relay.py"
+    relay.write_text(
+        "import os, socket, threading\n"
+        f"line = socket.create_connection(('127.0.0.1', {own_server.port}))\n"
+        "def up():\n"
+        "    while data := os.read(0, 65536): line.sendall(data)\n"
+        "    os._exit(0)\n"
+        "threading.Thread(target=up, daemon=True).start()\n"
+        "while data := line.recv(65536):\n"
+        "    while data: data = data[os.write(1, data):]\n"
+    )
+    (own_server.home.ssh / "config").write_text(
+        f"Host nas\n HostName 127.0.0.1\n Port {own_server.port}\n User {own_server.user}\n"
+        f" IdentityFile {own_server.home.key}\n ProxyCommand {sys.executable} {relay}\n"
+    )
+    async with created(open_url(f"sftp://nas{tmp_path}/r", {"connections": "1"})) as connector:
+        assert only_session(connector).sending is None
+        by_asyncssh.clear()
+        await put_and_get(connector, 5 * MIB + 5)
+        assert by_asyncssh.count(_DATA) > 10 * 32
+
+
 async def test_a_version_of_asyncssh_that_is_otherwise(
     server: sshd.SSHServer, tmp_path: Path, by_asyncssh: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +149,7 @@ async def test_writes_of_a_session_that_has_ended(server: sshd.SSHServer, tmp_pa
         answer = session.sending.begin_write(b"handle", 0, b"data")
         with pytest.raises(ConnectionLost):
             await session.ask(session.sending.written(answer))
+        await connector.put("packs/aa/one", [bytes(MIB)])
 
 
 class Connection:
