@@ -25,14 +25,12 @@ from coffret.connectors.errors import (
 from coffret.connectors.retry import RetryConnector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from coffret.connectors.base import Connector
     from coffret.connectors.sftp import SFTPConnector
     from coffret.connectors.sftpconnections import Session
-
-    Busy = tuple[SFTPConnector, Session, list[Callable[[], Exception | None]]]
 
 pytestmark = pytest.mark.anyio
 
@@ -43,6 +41,29 @@ def patient(connector: Connector, told: list[str] | None = None) -> RetryConnect
             told.append(f"{what}: {error}")
 
     return RetryConnector(connector, first_wait_s=0.05, give_up_s=30, on_retry=tell)
+
+
+class Openings:
+    """Openings of connections that wait until it is decided what becomes of them: an error, or none."""
+
+    def __init__(self) -> None:
+        self.begun, self.decided = 0, asyncio.Event()
+        self._error: Exception | None = None
+
+    async def fate(self) -> None:
+        self.begun += 1
+        await self.decided.wait()
+        if self._error is not None:
+            raise self._error
+
+    def decide(self, error: Exception | None) -> None:
+        self._error = error
+        self.decided.set()
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(60):
+            while self.begun < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
 
 class TestConnections:
@@ -217,27 +238,23 @@ class TestConnections:
     @pytest.fixture
     async def busy(
         self, server: sshd.SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> AsyncIterator[Busy]:
-        """A connector whose one session moves much; what becomes of further openings is asked of the list's last."""
-        fates: list[Callable[[], Exception | None]] = []
-        open_ = sftpconnections.Connections._open
+    ) -> AsyncIterator[tuple[SFTPConnector, Session, Openings]]:
+        """A connector whose one session moves much, and what becomes of further openings."""
+        openings, open_ = Openings(), sftpconnections.Connections._open
 
         async def opening(self: sftpconnections.Connections) -> Session:
-            for _ in range(100):
-                await asyncio.sleep(0.001)
-                if fates and (error := fates[-1]()) is not None:
-                    raise error
+            await openings.fate()
             return await open_(self)
 
         async with created(server.connector(tmp_path / "r")) as connector:
             [session] = connector._connections._sessions
             session.large_calls += 1
             monkeypatch.setattr(sftpconnections.Connections, "_open", opening)
-            yield connector, session, fates
+            yield connector, session, openings
 
-    async def test_closing_opens_no_other(self, busy: Busy) -> None:
+    async def test_closing_opens_no_other(self, busy: tuple[SFTPConnector, Session, Openings]) -> None:
         """Who waits for one is told, and begins none."""
-        connector, _, _ = busy
+        connector, _, openings = busy
         async with anyio.create_task_group() as tasks:
 
             async def wait() -> None:
@@ -245,65 +262,65 @@ class TestConnections:
                     await connector._connections.session(large=True)
 
             tasks.start_soon(wait)
-            await anyio.wait_all_tasks_blocked()
+            await openings.until(1)
             await connector.close()
+        assert openings.begun == 1
         assert not connector._connections._tasks
         assert not connector._connections._sessions
 
     @pytest.mark.parametrize("error", [ConnectorError("refused"), ValueError("nonsense")], ids=["refused", "otherwise"])
-    async def test_one_that_fails_is_not_tried_again_at_once(self, busy: Busy, error: Exception) -> None:
-        connector, session, fates = busy
-        asked = 0
-
-        def fail() -> Exception:
-            nonlocal asked
-            asked += 1
-            return error
-
-        fates.append(fail)
+    async def test_one_that_fails_is_not_tried_again_at_once(
+        self, busy: tuple[SFTPConnector, Session, Openings], error: Exception
+    ) -> None:
+        connector, session, openings = busy
+        openings.decide(error)
         for _ in range(3):
             assert await connector._connections.session(large=True) is session
-        assert asked == 1
+        assert openings.begun == 1
         assert any("no more than 1 connections" in note for note in connector.notes)
 
-    async def test_a_session_that_is_free_again_ends_the_wait(self, busy: Busy) -> None:
+    async def test_a_session_that_is_free_again_ends_the_wait(
+        self, busy: tuple[SFTPConnector, Session, Openings]
+    ) -> None:
         """Whatever becomes of the login; and who waits begins one, not several."""
-        connector, session, fates = busy
-        fates.append(lambda: None)
+        connector, session, openings = busy
+        found = []
         async with anyio.create_task_group() as tasks:
-            found = []
 
             async def wait() -> None:
                 found.append(await connector._connections.session(large=True))
 
             tasks.start_soon(wait)
+            await openings.until(1)
             for _ in range(5):
-                await anyio.wait_all_tasks_blocked()
-                await connector.put("index/a", [b"1"])
-            assert len(connector._connections._tasks) <= 1
+                await connector.put("index/a", [b"1"])  # whose end wakes who waits
             session.large_calls -= 1
             connector._connections.changed()
-        assert found
+        assert found == [session]
+        assert openings.begun == 1
 
-    async def test_sessions_that_break_while_another_is_opened(self, busy: Busy) -> None:
+    async def test_sessions_that_break_while_another_is_opened(
+        self, busy: tuple[SFTPConnector, Session, Openings]
+    ) -> None:
         """There is a new one then; what became of an opening long ago is of no interest."""
-        connector, session, fates = busy
-        fates.append(lambda: ConnectorError("refused"))
+        connector, session, openings = busy
+        openings.decide(ConnectorError("refused"))
         await connector._connections.session(large=True)
-        fates.append(lambda: None)
+        openings.decided.clear()
         connector._connections._no_more_until = 0.0
+        found = []
         async with anyio.create_task_group() as tasks:
-            found = []
 
             async def wait() -> None:
                 found.append(await connector._connections.session(large=True))
 
             tasks.start_soon(wait)
-            await anyio.wait_all_tasks_blocked()
+            await openings.until(2)
             session.abandon("broken")
             connector._connections.changed()
-        assert found != [session]
+            openings.decide(None)
         assert len(found) == 1
+        assert found != [session]
 
     async def test_latency_is_hidden(
         self, server: sshd.SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
