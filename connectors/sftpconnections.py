@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -19,7 +19,7 @@ from coffret.connectors.sftplogin import Login, start_sftp
 from coffret.connectors.sftpsending import send_quickly
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine
+    from collections.abc import Coroutine
 
     import asyncssh
 
@@ -71,7 +71,7 @@ class Session:
         """Whether it can't be used any more."""
         return bool(self._lost) or self._connection.is_closed()
 
-    async def ask(self, request: Awaitable[T]) -> T:
+    async def ask(self, request: Coroutine[Any, Any, T]) -> T:
         """The answer to one request.
 
         :raises Refusal: if it is an error
@@ -81,10 +81,7 @@ class Session:
         from asyncssh.packet import PacketDecodeError
 
         if self.lost:
-            if isinstance(request, asyncio.Future):
-                request.cancel()
-            else:
-                cast("Coroutine[Any, Any, T]", request).close()
+            request.close()
             raise self._lost_error()
         if not self._waiting:
             self._heard_at = self._loop.time()
@@ -169,10 +166,9 @@ class Connections:
         self.note = ""
         self._sessions: list[Session] = []
         self._first = anyio.Lock()
-        self._opening, self._expecting = 0, False
-        self._closing = False
+        self._expecting = self._closing = False
         # Those that are being opened, by themselves: who waits for one may be cancelled while others do too.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._opening: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._failures, self._failure = 0, ConnectorError()
         self._no_more_until = 0.0
@@ -238,19 +234,18 @@ class Connections:
             session.handles.drop(name)
 
     def _begin_another(self) -> None:
-        self._opening += 1
         another = asyncio.get_running_loop().create_task(self._open_another())
-        self._tasks.add(another)
+        self._opening.add(another)
         another.add_done_callback(self._opened)
 
     async def close(self) -> None:
         """Close all of them, for good."""
         self._closing = True
-        for task in tuple(self._tasks):
+        for task in tuple(self._opening):
             task.cancel()
         with anyio.CancelScope(shield=True):
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            if self._opening:
+                await asyncio.wait(self._opening)
         sessions, self._sessions = self._sessions, []
         for session in sessions:
             await session.close()
@@ -264,8 +259,7 @@ class Connections:
             self._no_more_until = anyio.current_time() + _NO_MORE_S
 
     def _opened(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._opening -= 1
+        self._opening.discard(task)
         self.changed()
 
     def _usable(self) -> list[Session]:
@@ -276,7 +270,7 @@ class Connections:
         return self._sessions
 
     def _may_open(self) -> bool:
-        room = len(self._sessions) + self._opening < self.limit
+        room = len(self._sessions) + len(self._opening) < self.limit
         return room and not self._closing and anyio.current_time() > self._no_more_until
 
     async def _open(self) -> Session:

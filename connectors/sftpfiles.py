@@ -47,7 +47,7 @@ class OpenFile:
     async def written(self, answer: asyncio.Future[Any]) -> None:
         """Wait until a piece is written."""
         sending = self._session.sending
-        await self._session.ask(answer if sending is None else sending.written(answer))
+        await self._session.ask(_end(answer) if sending is None else sending.written(answer))
 
     async def read(self, length: int, offset: int) -> bytes:
         """At most `length` bytes, b"" at the end of the file."""
@@ -341,6 +341,10 @@ async def at_once(requests: Sequence[Coroutine[Any, Any, object]]) -> None:
     for failure in failures:
         if failure is not None:
             raise failure
+
+
+async def _end(answer: asyncio.Future[Any]) -> None:
+    await answer
 
 
 def _joined(gathered: list[memoryview]) -> Buffer:

@@ -5,14 +5,16 @@ A body is not read before that, so that its sender is held up by TCP. Buffers ar
 
 from __future__ import annotations
 
-import mmap
 from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 
+from coffret.engine.memory import fresh_memory
+
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import AsyncIterator
 
 # What is so small takes no room: a lease must be refreshed even where packs fill it. Connections bound how many.
@@ -84,7 +86,7 @@ class Room:
             return best
         while self._idle and sum(map(len, self._idle)) > self._free:
             self._idle.pop(0)
-        return mmap.mmap(-1, -(-size_bytes // _STEP_BYTES) * _STEP_BYTES)
+        return fresh_memory(-(-size_bytes // _STEP_BYTES) * _STEP_BYTES)
 
     async def _take(self, size_bytes: int, patience_s: float) -> None:
         if not self._waiting and size_bytes <= self._free:

@@ -66,6 +66,11 @@ class Openings:
                 await asyncio.sleep(0.001)
 
 
+async def find_session(connector: SFTPConnector, found: list[Session]) -> None:
+    """For a call that moves much."""
+    found.append(await connector._connections.session(large=True))
+
+
 class TestConnections:
     @pytest.fixture(autouse=True)
     async def nothing_unretrieved(self) -> AsyncIterator[None]:
@@ -265,7 +270,7 @@ class TestConnections:
             await openings.until(1)
             await connector.close()
         assert openings.begun == 1
-        assert not connector._connections._tasks
+        assert not connector._connections._opening
         assert not connector._connections._sessions
 
     @pytest.mark.parametrize("error", [ConnectorError("refused"), ValueError("nonsense")], ids=["refused", "otherwise"])
@@ -284,13 +289,9 @@ class TestConnections:
     ) -> None:
         """Whatever becomes of the login; and who waits begins one, not several."""
         connector, session, openings = busy
-        found = []
+        found: list[Session] = []
         async with anyio.create_task_group() as tasks:
-
-            async def wait() -> None:
-                found.append(await connector._connections.session(large=True))
-
-            tasks.start_soon(wait)
+            tasks.start_soon(find_session, connector, found)
             await openings.until(1)
             for _ in range(5):
                 await connector.put("index/a", [b"1"])  # whose end wakes who waits
@@ -308,13 +309,9 @@ class TestConnections:
         await connector._connections.session(large=True)
         openings.decided.clear()
         connector._connections._no_more_until = 0.0
-        found = []
+        found: list[Session] = []
         async with anyio.create_task_group() as tasks:
-
-            async def wait() -> None:
-                found.append(await connector._connections.session(large=True))
-
-            tasks.start_soon(wait)
+            tasks.start_soon(find_session, connector, found)
             await openings.until(2)
             session.abandon("broken")
             connector._connections.changed()
