@@ -52,13 +52,19 @@ def run(arguments: list[str]) -> int:
     if arguments in (["version"], ["--version"], ["-version"]):  # answered before anything else is imported
         print(f"coffret {__version__}")
         return 0
-    from coffret.commands.line import LineError, load_command, sort_line, usage
+    from coffret.commands.line import LineError, begin_line, load_command, own_arguments, usage
 
     if not arguments:
         print(usage(), end="", file=sys.stderr)
         return _USAGE
+    derivation = None
     try:
-        globals_, name, rest = sort_line(arguments)
+        globals_, name, rest = begin_line(arguments)
+        if name != "help":
+            from coffret.commands.early import derive_early
+
+            derivation = derive_early(name, rest, globals_)
+            rest = own_arguments(name, rest, globals_)
     except LineError as error:
         from coffret.display import Display
         from coffret.engine.errors import UsageError
@@ -74,7 +80,7 @@ def run(arguments: list[str]) -> int:
         return 0
     from coffret.commands.running import invoke
 
-    return invoke(load_command(name), name, rest, globals_)
+    return invoke(load_command(name), name, rest, globals_, derivation)
 
 
 def _at_signals(end: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ more than click knows. So the line is sorted here, and click gets a command's ow
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -117,6 +118,11 @@ class Globals:
     expect_state: str | None = None
     options: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def location(self) -> str:
+        """The repository that is meant: on the line, or else in the environment, where it may be empty."""
+        return self.repository or os.environ.get("COFFRET_REPOSITORY", os.path.expanduser("~/.coffret"))
+
 
 def usage() -> str:
     """What `coffret --help` prints."""
@@ -129,10 +135,10 @@ def load_command(name: str) -> click.Command:
     return command
 
 
-def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
-    """Split a command line into global options, the command's name, and the command's own arguments.
+def begin_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
+    """Split a command line into the global options before the command, its name, and what follows it.
 
-    The name is `help` if that is what is asked for before any command, and the arguments are what follows it.
+    The name is `help` if that is what is asked for before any command.
 
     :raises LineError: if there is no command, or an option is not known, or lacks its value or has an empty one
     """
@@ -140,7 +146,7 @@ def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
     while rest:
         word = rest[0]
         if word in COMMANDS:
-            return found, word, _own_arguments(word, rest[1:], found)
+            return found, word, rest[1:]
         if word in _HELP:
             return found, "help", rest[1:]
         if word in ("at", "on"):
@@ -154,10 +160,10 @@ def sort_line(arguments: list[str]) -> tuple[Globals, str, list[str]]:
     raise LineError("no command")
 
 
-def _own_arguments(name: str, rest: list[str], found: Globals) -> list[str]:
+def own_arguments(name: str, rest: list[str], found: Globals) -> list[str]:
     """The arguments of a command, in click's form; the global options among them go to `found`.
 
-    :raises LineError: as `sort_line` does
+    :raises LineError: as `begin_line` does
     """
     command = load_command(name)
     own_options = _options_of(command)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from coffret.commands.line import Globals
     from coffret.connectors.errors import ConnectorError
+    from coffret.engine.derivation import Derivation
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
@@ -59,8 +60,8 @@ _GC_THRESHOLD = 50_000
 class Session:
     """One run of a command: its global options, its display."""
 
-    def __init__(self, name: str, globals_: Globals) -> None:
-        self.name, self.globals = name, globals_
+    def __init__(self, name: str, globals_: Globals, derivation: Derivation | None = None) -> None:
+        self.name, self.globals, self._derivation = name, globals_, derivation
         self.display = Display(name, quiet=globals_.quiet, verbose=globals_.verbose, as_json=globals_.json)
         # What is to be done if the passphrase that was given is wrong.
         self._check_passphrase = ""
@@ -75,12 +76,9 @@ class Session:
 
         :raises UsageError: if the environment's is empty
         """
-        if self.globals.repository:
-            return self.globals.repository
-        location = os.environ.get("COFFRET_REPOSITORY", os.path.expanduser("~/.coffret"))
-        if not location:
+        if not self.globals.location:
             raise UsageError("COFFRET_REPOSITORY is empty", remedy="give it a repository, or unset it")
-        return location
+        return self.globals.location
 
     @cached_property
     def options(self) -> OpenOptions:
@@ -101,6 +99,7 @@ class Session:
             expect_state=found.expect_state,
             encrypted_only=passphrase_is_set(os.environ),
             passphrase_at_hand=passphrase_is_at_hand(os.environ),
+            derivation=self._derivation,
         )
 
     @cached_property
@@ -116,6 +115,7 @@ class Session:
             expect_state=None,
             encrypted_only=passphrase_is_set(os.environ, PEER_PREFIX),
             passphrase_at_hand=passphrase_is_at_hand(os.environ, PEER_PREFIX),
+            derivation=None,
         )
 
     def _retrying(self, what: str, error: ConnectorError) -> None:
@@ -134,6 +134,8 @@ class Session:
         `writing`, for a backup, `listing`, for what reads snapshots, and `transfers`: see `open_repository`.
         """
         self._ahead = ("coffret.engine.mirror", *ahead)
+        if self._derivation is not None:
+            self._import_ahead()
         async with open_repository(
             self.location,
             passphrase=self.passphrase,
@@ -191,10 +193,15 @@ class Session:
         else:
             self._check_passphrase = "type it again: upper case, lower case and the keyboard's layout matter"
             found = ask(f"{which} passphrase: ")
-        # Deriving the key, which follows, takes 0.14 s of one core without the interpreter: use the other meanwhile.
-        with suppress(RuntimeError):  # no further thread can be started
-            threading.Thread(target=_import_all, args=(self._ahead,), name="imports").start()
+        self._import_ahead()
         return found
+
+    def _import_ahead(self) -> None:
+        """While the key is derived, which takes 0.14 s of one core without the interpreter, use the other."""
+        modules, self._ahead = self._ahead, ()
+        if modules:
+            with suppress(RuntimeError):  # no further thread can be started
+                threading.Thread(target=_import_all, args=(modules,), name="imports").start()
 
     def run(
         self,
@@ -306,9 +313,11 @@ def first_of(error: BaseException) -> BaseException:
     return error
 
 
-def invoke(command: click.Command, name: str, arguments: list[str], globals_: Globals) -> int:
-    """Parse a command's own arguments and run it; return the exit code."""
-    session = Session(name, globals_)
+def invoke(
+    command: click.Command, name: str, arguments: list[str], globals_: Globals, derivation: Derivation | None = None
+) -> int:
+    """Parse a command's own arguments and run it; return the exit code. `derivation`: of the repository's keys."""
+    session = Session(name, globals_, derivation)
     try:
         names = ["-h", "--help"]
         with command.make_context(f"coffret {name}", arguments, obj=session, help_option_names=names) as context:

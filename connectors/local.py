@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
-from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from anyio import CancelScope
 
@@ -25,12 +24,12 @@ from coffret.connectors import localfiles
 from coffret.connectors.base import NAME, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import (
     AlreadyExists,
-    InvalidLocation,
     InvalidRange,
     NotFound,
     NotStorage,
     TransientError,
 )
+from coffret.connectors.localplace import location_of, parse_location, real_folder
 from coffret.connectors.threads import Threads
 from coffret.connectors.unnamed import Unnamed
 
@@ -48,30 +47,19 @@ _THREADS = 8
 
 
 def open_url(url: str, options: Mapping[str, str]) -> LocalConnector:
-    """The connector for a path or a `file:///` URL (percent-encoded).
+    """The connector for a location as `localplace` describes it.
 
-    :raises InvalidLocation: if there are options, a host other than this one, or no absolute path in the URL
+    :raises InvalidLocation: if it is none
     """
-    if options:
-        raise InvalidLocation(f"a local repository has no option {min(options)!r}")
-    if url[:7].lower() == "file://":
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
-            raise InvalidLocation(f"{url}: a file URL has the form file:///path, and ? and # are written %3F and %23")
-        url = os.fsdecode(unquote_to_bytes(parts.path))
-    elif url.startswith("~"):
-        url = os.path.expanduser(url)  # not Path's, which fails for ~unknown: a file may be called so
-    return LocalConnector(url)
+    return LocalConnector(parse_location(url, options))
 
 
 class LocalConnector(Connector):
     """A repository in a folder, which `create` makes if need be."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if "\0" in os.fspath(path) or not os.fspath(path):
-            raise InvalidLocation(f"not a path: {os.fspath(path)!r}")
-        self.path = Path(os.path.realpath(path))
-        self.location = f"file://{quote(os.fsencode(self.path))}"
+        self.path = Path(real_folder(path))
+        self.location = location_of(self.path)
         self._threads = Threads(_THREADS, "coffret-local")
         self._lock = threading.Lock()
         self._root_fd = -1

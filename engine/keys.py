@@ -15,17 +15,14 @@ Pure: bytes in, bytes out; no storage and no event loop. `wrap` and `unlock` tak
 from __future__ import annotations
 
 import os
-import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from coffret.engine import settings
+from coffret.engine import kdf
 from coffret.engine.configuration import utc_now
 from coffret.engine.errors import (
     CoffretError,
@@ -35,51 +32,21 @@ from coffret.engine.errors import (
     UsageError,
     WrongPassphrase,
 )
+from coffret.engine.kdf import KEY_BYTES, SALT_BYTES, Cost, DerivedKeys, KdfParameters
 from coffret.engine.records import FORMAT_VERSION
 from coffret.engine.sealing import Secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-KEY_BYTES, SALT_BYTES, NONCE_BYTES, WRAPPED_BYTES = 32, 16, 12, 3 * 32 + 16
+NONCE_BYTES, WRAPPED_BYTES = 12, 3 * 32 + 16
 KDF = "argon2id"
 # A slot has about 600 bytes and an opening tries every slot: both ceilings are far beyond use, and stop a hostile
 # storage from taking hours.
 MAX_SLOT_BYTES, MAX_SLOTS, MAX_LABEL = 4 << 10, 64, 200
-_COMMITMENT = "coffret 2026 key slot commitment"
 _ENDORSEMENT = "coffret 2026 key slot endorsement"
 _BOUND = b"coffret key slot\0"
-# OpenSSL runs the lanes in one pool of threads for the whole process, and two derivations that hold some of it while
-# they wait for more block each other for ever (seen with 4.0.3 on two cores, at once).
-_one_derivation = threading.Lock()
 _RECOVER = "put the key slots back from a recovery file: `coffret at REPO passphrase add --from FILE`"
-
-
-class Cost(NamedTuple):
-    """What Argon2id takes: memory in KiB, passes over it, lanes."""
-
-    memory_kib: int = settings.ARGON2_MEMORY_KIB
-    passes: int = settings.ARGON2_PASSES
-    lanes: int = settings.ARGON2_LANES
-
-
-class KdfParameters(NamedTuple):
-    """What a slot's keys are derived from beside the passphrase. By itself it lets nobody try one."""
-
-    salt: bytes
-    cost: Cost
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class DerivedKeys:
-    """What Argon2id gave of a passphrase: a slot's key-encryption key and commitment, if it has these parameters."""
-
-    parameters: KdfParameters
-    key: bytes
-    commitment: bytes
-
-
-_CEILING = Cost(settings.ARGON2_MAX_MEMORY_KIB, settings.ARGON2_MAX_PASSES, settings.ARGON2_MAX_LANES)
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -142,7 +109,7 @@ def wrap(
     label = "".join(c if c.isprintable() else "?" for c in label[:MAX_LABEL])
     salt, nonce = entropy(SALT_BYTES), entropy(NONCE_BYTES)
     slot = Slot(FORMAT_VERSION, KDF, *(cost or Cost()), salt, created or utc_now(), label)
-    derived = derive(slot.kdf_parameters, passphrase)
+    derived = kdf.derive(slot.kdf_parameters, passphrase)
     slot = msgspec.structs.replace(slot, commitment=derived.commitment, nonce=nonce)
     bundle = secrets.data_key + secrets.id_key + secrets.chunker_key
     wrapped = AESGCM(derived.key).encrypt(nonce, bundle, _bound(slot, config_hash))
@@ -180,16 +147,10 @@ def parse_slot(slot_id: str, data: bytes) -> Slot:
         or not (slot.label + slot.created).isprintable()
     ):
         raise Damaged(f"key slot {slot_id[:8]} is no key slot", remedy=_RECOVER)
-    if not _is_sane(slot.cost):
+    if not kdf.is_sane(slot.cost):
         cost = f"{slot.memory_kib} KiB × {slot.passes}"
         raise Damaged(f"key slot {slot_id[:8]} asks for absurd memory or time: {cost}", remedy=_RECOVER)
     return slot
-
-
-def _is_sane(cost: Cost) -> bool:
-    return all(1 <= asked <= limit for asked, limit in zip(cost, _CEILING, strict=True)) and (
-        cost.memory_kib >= 8 * cost.lanes
-    )
 
 
 def unlock(
@@ -244,7 +205,7 @@ def unwrap(slot: Slot, passphrase: bytes, config_hash: bytes, derived: DerivedKe
     :raises RepositoryChanged: if it is for this one, but it was altered or made for another config
     """
     if derived is None or derived.parameters != slot.kdf_parameters:
-        derived = derive(slot.kdf_parameters, passphrase)
+        derived = kdf.derive(slot.kdf_parameters, passphrase)
     if derived.commitment != slot.commitment:
         raise WrongPassphrase("the passphrase is not that of the key slot")
     clear = msgspec.structs.replace(slot, wrapped=b"", endorsement=b"")
@@ -275,26 +236,3 @@ def _bound(slot: Slot, config_hash: bytes) -> bytes:
 def _endorse(slot: Slot, secrets: Secrets, config_hash: bytes) -> bytes:
     key = blake3(secrets.data_key, derive_key_context=_ENDORSEMENT).digest()
     return blake3(_bound(slot, config_hash), key=key).digest()
-
-
-def derive(parameters: KdfParameters, passphrase: bytes) -> DerivedKeys:
-    """What a passphrase gives with a slot's parameters.
-
-    :raises CoffretError: if that takes more memory than there is, or than any slot may ask for
-    """
-    salt, cost = parameters
-    if len(salt) != SALT_BYTES or not _is_sane(cost):
-        raise CoffretError(f"a key derivation with absurd parameters: {cost.memory_kib} KiB × {cost.passes}")
-    derivation = Argon2id(
-        salt=salt, length=2 * KEY_BYTES, iterations=cost.passes, lanes=cost.lanes, memory_cost=cost.memory_kib
-    )
-    try:
-        with _one_derivation:
-            derived = derivation.derive(passphrase)
-    except MemoryError:
-        raise CoffretError(
-            f"not enough memory to try the passphrase: {cost.memory_kib >> 10} MiB are needed",
-            remedy="end other programs, or use a machine with more memory",
-        ) from None
-    commitment = blake3(derived[KEY_BYTES:], derive_key_context=_COMMITMENT).digest()
-    return DerivedKeys(parameters, derived[:KEY_BYTES], commitment)

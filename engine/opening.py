@@ -17,6 +17,7 @@ from anyio import to_thread
 from coffret.connectors.errors import ConnectorError, NotFound
 from coffret.connectors.registry import connect
 from coffret.engine import configuration, keys, state
+from coffret.engine.derivation import begin_derivation
 from coffret.engine.errors import CoffretError, NoRepository, UsageError, WrongPassphrase
 from coffret.engine.flow import together
 from coffret.engine.keyring import Keyring, read_keyring
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
     from coffret.connectors.base import Connector
+    from coffret.engine.derivation import Derivation
     from coffret.engine.records import Config
     from coffret.engine.sealing import Secrets
     from coffret.engine.state import SlotHint
@@ -69,11 +71,13 @@ async def open_repository(
             connector.expect_transfers()
         ahead = ReadAhead(connector) if listing and not connector.places else None
         hint = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
-        data, keyring, _, derived = await together(
+        derivation = options.derivation
+        if derivation is None and passphrase and options.passphrase_at_hand:
+            derivation = begin_derivation(connector.location, hint, passphrase)
+        data, keyring, _ = await together(
             partial(_config, connector, url),
             partial(_keyring, connector, hint.slot),
             ahead.fetch_lists if ahead else _nothing,
-            partial(_derive_ahead, connector, hint, passphrase if options.passphrase_at_hand else None),
         )
         config = configuration.parse_config(data)
         check_pins(connector, data, options, pin=False)
@@ -91,7 +95,7 @@ async def open_repository(
             if isinstance(keyring, Keyring) and keyring.log_config not in ("", digest.hex()):
                 keyring = await read_keyring(connector, digest)  # a log of another repository says nothing
             (slot_id, secrets), _ = await together(
-                partial(_unlock, keyring, config, digest, passphrase, hint.slot, derived),
+                partial(_unlock, keyring, config, digest, passphrase, hint.slot, derivation),
                 partial(ahead.fetch_objects, _not_kept(kept), mirror.lacking) if ahead else _nothing,
             )
             note = check_pins(connector, data, options, writing=writing)
@@ -219,20 +223,8 @@ async def _keyring(connector: Connector, likely: str) -> Keyring | Exception:
         return error
 
 
-async def _derive_ahead(
-    connector: Connector, hint: SlotHint, passphrase: Callable[[], bytes] | None
-) -> keys.DerivedKeys | None:
-    """What the key slot that opened the repository last will need, while a storage elsewhere is being reached."""
-    if connector.places or not hint.slot or passphrase is None:
-        return None
-    parameters = keys.KdfParameters(hint.salt, keys.Cost(hint.memory_kib, hint.passes, hint.lanes))
-    with suppress(CoffretError):  # the slot itself tells what is wrong
-        return await to_thread.run_sync(keys.derive, parameters, passphrase())
-    return None
-
-
 def slot_hint(slot_id: str, data: bytes) -> SlotHint:
-    """What is remembered of a key slot, for `_derive_ahead`."""
+    """What is remembered of a key slot, for a `Derivation`."""
     salt, cost = keys.parse_slot(slot_id, data).kdf_parameters
     return state.SlotHint(slot_id, salt, *cost)
 
@@ -243,7 +235,7 @@ async def _unlock(
     digest: bytes,
     passphrase: Callable[[], bytes] | None,
     likely: str,
-    derived: keys.DerivedKeys | None,
+    derivation: Derivation | None,
 ) -> tuple[str, Secrets]:
     if not config.encrypted:
         return "", configuration.clear_secrets(config)
@@ -252,6 +244,7 @@ async def _unlock(
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
+    derived = await to_thread.run_sync(derivation.keys) if derivation is not None else None
     return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely, derived)
 
 

@@ -7,13 +7,10 @@ wrote: both could be the passphrase.
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coffret.engine.errors import UsageError
-from coffret.engine.processes import environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,6 +97,11 @@ def _from_file(name: str, path: str) -> bytes:
 
 def _from_command(name: str, line: str) -> bytes:
     """Standard output of a command, run without a shell; its standard input and error are this program's."""
+    import shlex
+    import subprocess
+
+    from coffret.engine.processes import environment
+
     try:
         command = shlex.split(line)
         if not command:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from coffret.connectors.base import Connector
     from coffret.connectors.trace import Calls
+    from coffret.engine.derivation import Derivation
     from coffret.engine.fetch import Fetcher
     from coffret.engine.mirror import Mirror
     from coffret.engine.ops.backup import BackupOptions, BackupSummary
@@ -46,6 +47,7 @@ class OpenOptions:
     folders. `expect_id`: accept this repository, and no other; `expect_state`: and only if it has these snapshots (see
     `seen.check_expected`), whatever else was seen. `encrypted_only`: refuse one without encryption, since a
     passphrase was given. `passphrase_at_hand`: nobody is asked for it, so it may be used before the storage answers.
+    `derivation`: of the repository's keys, begun already.
     """
 
     connector: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class OpenOptions:
     expect_state: str | None = None
     encrypted_only: bool = False
     passphrase_at_hand: bool = False
+    derivation: Derivation | None = None
     #: What was asked of each storage that was opened with these options, by location and method.
     calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from tests.harness import Outcome
 from coffret import cli
 from coffret.engine import keys
 from coffret.engine.creation import create_repository
-from coffret.engine.keys import Cost
+from coffret.engine.kdf import Cost
 from coffret.engine.repository import OpenOptions
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from coffret.connectors.memory import MemoryConnector
 from coffret.engine.configuration import config_bytes, config_hash, new_config
 from coffret.engine.errors import WrongPassphrase
+from coffret.engine.kdf import Cost
 from coffret.engine.keyring import put_slot, read_keyring
-from coffret.engine.keys import Cost, unlock, wrap
+from coffret.engine.keys import unlock, wrap
 from coffret.engine.sealing import Secrets
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from blake3 import blake3
 from tests import format_oracle as oracle
 
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import catalog, catalog_reader, catalog_walk, chunker, configuration, keys, packfile, sealing
+from coffret.engine import catalog, catalog_reader, catalog_walk, chunker, configuration, kdf, keys, packfile, sealing
 from coffret.engine.catalog import Cutter, RefList, describe
 from coffret.engine.chunker import FASTCDC_GEAR64, Chunker
 from coffret.engine.configuration import config_bytes, config_hash, new_config, parse_config
+from coffret.engine.kdf import Cost
 from coffret.engine.keyring import read_keyring
-from coffret.engine.keys import Cost, endorsed, parse_slot, unlock, wrap
+from coffret.engine.keys import endorsed, parse_slot, unlock, wrap
 from coffret.engine.packfile import PackReader, pack_name, verify_chunks
 from coffret.engine.records import (
     UNNAMED,
@@ -281,7 +282,7 @@ def test_limits() -> None:
     for said, held in (
         ("config | 16 KiB", configuration.MAX_CONFIG_BYTES == 16 << 10),
         ("key slot | 4 KiB; 64 that are live", (keys.MAX_SLOT_BYTES, keys.MAX_SLOTS) == (4 << 10, 64)),
-        ("1 GiB of memory and at least 8 KiB a lane, 16 passes, 16 lanes", keys._CEILING == (1 << 20, 16, 16)),
+        ("1 GiB of memory and at least 8 KiB a lane, 16 passes, 16 lanes", kdf.CEILING == (1 << 20, 16, 16)),
         ("payload of an object that is no pack; block table | 1 GiB", sealing.MAX_OBJECT_BYTES == 1 << 30),
         ("block | 64 MiB raw", packfile.MAX_RAW_BYTES == chunker.MAX_BYTES == 64 << 20),
         ("page, node, list | 16 MiB", catalog_walk._MAX_PAYLOAD_BYTES == 16 << 20),

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coffret
-from coffret.engine import keys
+from coffret.engine import kdf, keys
 from coffret.engine.configuration import (
     MAX_CONFIG_BYTES,
     clear_secrets,
@@ -38,7 +38,8 @@ from coffret.engine.errors import (
     UsageError,
     WrongPassphrase,
 )
-from coffret.engine.keys import Cost, endorsed, new_secrets, parse_slot, slot_id_of, unlock, wrap
+from coffret.engine.kdf import Cost
+from coffret.engine.keys import endorsed, new_secrets, parse_slot, slot_id_of, unlock, wrap
 from coffret.engine.records import ChunkerConfig
 from coffret.engine.sealing import Secrets
 
@@ -287,7 +288,7 @@ class TestSlot:
     )
     def test_absurd(self, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         """Refused before anything is derived."""
-        monkeypatch.delattr(keys, "Argon2id")
+        monkeypatch.delattr(kdf, "Argon2id")
         altered = edited(SLOT, **changes)
         with pytest.raises(Damaged):
             unlock({slot_id_of(altered): altered}, PASSPHRASE, HASH)

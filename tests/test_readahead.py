@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from tests.fault_harness import cheap_passphrases, contents, make_source
 from coffret.connectors.errors import ConnectorError, PermissionRefused
 from coffret.connectors.faults import FaultyConnector
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import keys, state
+from coffret.engine import kdf, state
 from coffret.engine.creation import create_repository
 from coffret.engine.errors import NoRepository, UsageError, WrongPassphrase, reported
 from coffret.engine.opening import open_repository
@@ -178,15 +179,15 @@ async def test_the_key_is_derived_while_the_storage_is_reached(
     elsewhere: FaultyConnector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With what is known of the slot that opened it last, if nobody has to be asked for the passphrase."""
-    derived: list[keys.KdfParameters] = []
+    derived: list[kdf.KdfParameters] = []
     given: list[bytes] = []
-    derive, begun = keys.derive, threading.Event()
+    derive, begun = kdf.derive, threading.Event()
 
     def passphrase() -> bytes:
         given.append(b"right")
         return b"right"
 
-    def counted(parameters: keys.KdfParameters, passphrase: bytes) -> keys.DerivedKeys:
+    def counted(parameters: kdf.KdfParameters, passphrase: bytes) -> kdf.DerivedKeys:
         derived.append(parameters)
         begun.set()
         return derive(parameters, passphrase)
@@ -197,7 +198,7 @@ async def test_the_key_is_derived_while_the_storage_is_reached(
         elif name == "config":
             assert not derived
 
-    monkeypatch.setattr(keys, "derive", counted)
+    monkeypatch.setattr(kdf, "derive", counted)
     elsewhere.before = before
 
     async def opened_with(opening: OpenOptions) -> None:
@@ -209,7 +210,8 @@ async def test_the_key_is_derived_while_the_storage_is_reached(
 
     at_hand = dataclasses.replace(options(tmp_path), passphrase_at_hand=True)
     ahead = False
-    await opened_with(at_hand)  # nothing is known yet
+    shutil.rmtree(tmp_path / "state")
+    await opened_with(at_hand)  # nothing is known
     assert len(derived) == 1
     await opened_with(options(tmp_path))
     assert len(derived) == 1

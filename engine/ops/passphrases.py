@@ -20,8 +20,8 @@ from coffret.engine.keys import MAX_SLOTS, endorsed, parse_slot, wrap
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
+    from coffret.engine.kdf import Cost
     from coffret.engine.keyring import Keyring
-    from coffret.engine.keys import Cost
     from coffret.engine.sealing import Secrets
 
 # Half of what is read: hosts that add at the same time can't lock everybody out.

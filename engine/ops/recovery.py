@@ -45,7 +45,7 @@ from coffret.engine.records import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from coffret.connectors.base import Connector
-    from coffret.engine.keys import Cost
+    from coffret.engine.kdf import Cost
     from coffret.engine.records import Config
     from coffret.engine.sealing import Secrets
 

@@ -27,8 +27,8 @@ from coffret.engine.catalog_walk import open_node, open_page
 from coffret.engine.errors import CoffretError
 from coffret.engine.footers import read_footer
 from coffret.engine.index import open_index
+from coffret.engine.kdf import Cost
 from coffret.engine.keyring import read_keyring
-from coffret.engine.keys import Cost
 from coffret.engine.mirror_store import Store
 from coffret.engine.objects import list_objects
 from coffret.engine.ops import recovery

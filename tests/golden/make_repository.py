@@ -22,7 +22,7 @@ from tests.catalogs import cut, ordered
 from tests.golden import tree
 
 from coffret.connectors.memory import MemoryConnector
-from coffret.engine import keyring, keys, sealing
+from coffret.engine import kdf, keyring, keys, sealing
 from coffret.engine.attempt import Lease
 from coffret.engine.catalog import Cutter, RefList, TreeBuilder, describe, split_path
 from coffret.engine.chunker import Chunker
@@ -58,7 +58,7 @@ FOLDER = Path(__file__).parent / "version-1"
 PASSPHRASES, REMOVED_PASSPHRASE = (b"golden", "zwölf".encode()), b"forgotten"
 CREATED, TIME_NS = "2026-01-02T03:04:05Z", 1_767_323_045_000_000_000
 CHUNKS = ChunkerConfig(min_bytes=64, avg_bytes=128, max_bytes=512)
-_COST = keys.Cost(memory_kib=64, passes=1, lanes=1)
+_COST = kdf.Cost(memory_kib=64, passes=1, lanes=1)
 _BLOCK_BYTES = 4096
 
 
