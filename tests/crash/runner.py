@@ -151,13 +151,7 @@ def _be_the_program(request: dict[str, Any], out: int, err: int, calls: int) -> 
     if request["death"]:
         url, number, mode = request["death"]
         Death(url, number, mode, lambda call: print_to(calls, call)).install()
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    cli.main()
 
 
 def print_to(file: int, line: str) -> None:
