@@ -1,4 +1,4 @@
-"""The compiled loops of scan and read, against the standard library: what they return for whatever lies in a folder."""
+"""The compiled loops of scan, read and mirror, against the standard library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import socket
 import struct
 import threading
+from array import array
+from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coffret.engine._read import FIELDS_FORMAT, SmallReader
+from coffret.engine._rows import ROW_BYTES, bucket_starts, rows_of, sort_rows
 from coffret.engine._scan import Directory, ReadAhead
+from coffret.engine.mirror_run import ROW
+from coffret.engine.records import UNNAMED, Block, pack_ref
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,3 +210,51 @@ class TestSmallReader:
     def test_it_needs_memory_it_can_write(self) -> None:
         with pytest.raises(BufferError):
             SmallReader(memoryview(bytes(10)), 1)
+
+
+IDS = st.binary(min_size=32, max_size=32) | st.sampled_from([bytes(32), b"\xff" * 32, b"\x00\x10" + bytes(30)])
+NUMBERS = st.integers(0, (1 << 32) - 1)
+
+
+class TestRows:
+    @given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, st.integers(0, 255), st.lists(IDS, max_size=4))), NUMBERS)
+    def test_of_blocks(self, given_blocks: list[tuple[int, int, int, int, list[bytes]]], section: int) -> None:
+        blocks, expected = [], []
+        for offset, stored, raw, codec, ids in given_blocks:
+            lengths = [(7 * n + raw) % (1 << 30) for n in range(len(ids))]
+            refs = b"".join(map(pack_ref, ids, lengths))
+            blocks.append(Block(offset, stored, raw, codec, refs))
+            for n, chunk_id in enumerate(ids):
+                if chunk_id != UNNAMED:
+                    expected.append(
+                        ROW.pack(chunk_id, section, offset, stored, raw, sum(lengths[:n]), lengths[n], codec)
+                    )
+        assert rows_of(blocks, section, UNNAMED) == b"".join(expected)
+
+    @given(st.lists(IDS, max_size=200), st.integers(0, 12), st.data())
+    def test_in_order_and_by_bucket(self, ids: list[bytes], bits: int, data: st.DataObject) -> None:
+        rows = [ROW.pack(chunk_id, n % 3, 0, 0, 0, 0, 0, 0) for n, chunk_id in enumerate(ids)]
+        assert sort_rows(b"".join(rows)) == b"".join(sorted(rows))
+        begin = data.draw(st.integers(0, (1 << bits) - 1))
+        end = data.draw(st.integers(begin, 1 << bits))
+        within = sorted(row for row in rows if begin <= int.from_bytes(row[:4], "big") >> (32 - bits) < end)
+        starts = array("I", bucket_starts(b"".join(within), begin, end, 32 - bits, 64))
+        edges = [(bucket << (32 - bits)).to_bytes(4, "big") for bucket in range(begin, end)]
+        assert starts.tolist() == [64 + bisect_left(within, edge) for edge in edges]
+
+    def test_one_length(self) -> None:
+        assert ROW.size == ROW_BYTES
+
+    def test_numbers_that_can_not_be(self) -> None:
+        ref = pack_ref(b"\x01" * 32, 5)
+        with pytest.raises(ValueError, match="cut short"):
+            rows_of([Block(0, 0, 0, 0, ref[:-1])], 0, UNNAMED)
+        with pytest.raises(ValueError, match="another length"):
+            rows_of([], 0, b"")
+        for numbers in ((1 << 32, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1 << 32, 0), (0, 0, 0, 256)):
+            with pytest.raises(OverflowError):
+                rows_of([Block(*numbers, ref)], 0, UNNAMED)
+        with pytest.raises(OverflowError):
+            rows_of([Block(0, 0, 0, 0, ref)], 1 << 32, UNNAMED)
+        with pytest.raises(OverflowError, match="beyond any block"):
+            rows_of([Block(0, 0, 0, 0, 2 * pack_ref(b"\x01" * 32, (1 << 32) - 1) + ref)], 0, UNNAMED)

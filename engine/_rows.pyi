@@ -1,0 +1,9 @@
+"""Types of the compiled rows; what they mean is in `_rows.pyx`."""
+
+from coffret.engine.records import Block
+
+ROW_BYTES: int
+
+def rows_of(blocks: list[Block], section: int, unnamed: bytes) -> bytes: ...
+def sort_rows(rows: bytes) -> bytes: ...
+def bucket_starts(rows: bytes, begin: int, end: int, shift: int, first: int) -> bytes: ...
