@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from coffret.engine.messages import RawBlock
-from coffret.engine.records import REF_BYTES, iter_refs
+from coffret.engine.records import REF_BYTES, ref_lengths
 from coffret.engine.settings import BLOCK_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from coffret.engine.flow import Channel, Sender
     from coffret.engine.index import IndexWriter
@@ -30,39 +32,45 @@ class Gatherer:
         self._meta = meta
         self._open = RawBlock(meta)
 
-    def add(self, run: Run, fresh: Iterable[bool]) -> list[RawBlock]:
+    def add(self, run: Run, fresh: Sequence[bool]) -> list[RawBlock]:
         """The blocks that became full; `fresh` tells which of the run's chunks are wanted."""
         blocks: list[RawBlock] = []
-        view, refs, block = memoryview(run.view), run.refs, self._open
-        at = begin = 0  # the current part is view[begin:at]
-        for number, ((_, length), wanted) in enumerate(zip(iter_refs(refs), fresh, strict=True)):
-            if not wanted or length >= _LARGE or block.raw_bytes + length > BLOCK_BYTES:
-                if begin < at:
-                    block.parts.append(view[begin:at])
-                begin = at
-                if block.raw_bytes + length > BLOCK_BYTES and wanted and length < _LARGE:
-                    blocks.append(self._hold(block, run))
-                    block = RawBlock(self._meta)
-            ref = refs[number * REF_BYTES : (number + 1) * REF_BYTES]
-            if wanted and length >= _LARGE:
-                single = RawBlock(self._meta, [view[at : at + length]], [ref], length)
+        view, refs, lengths = memoryview(run.view), run.refs, ref_lengths(run.refs)
+        ends = [0, *accumulate(lengths)]  # chunk n lies from ends[n] to ends[n + 1]
+        # Between these lie stretches of small chunks that are wanted, which are taken as a whole.
+        stops = [
+            n for n, (wanted, length) in enumerate(zip(fresh, lengths, strict=True)) if not wanted or length >= _LARGE
+        ]
+        begin = 0
+        for stop in (*stops, len(lengths)):
+            while begin < stop:
+                room = BLOCK_BYTES - self._open.raw_bytes
+                end = bisect_right(ends, ends[begin] + room, begin, stop + 1) - 1
+                self._take(view, refs, ends, begin, end)
+                if end < stop:
+                    blocks.append(self._hold(self._open, run))
+                    self._open = RawBlock(self._meta)
+                begin = end
+            if stop < len(lengths) and fresh[stop]:
+                at, length = ends[stop], lengths[stop]
+                single = RawBlock(self._meta, [view[at : at + length]], [_refs_between(refs, stop, stop + 1)], length)
                 blocks.append(self._hold(single, run))
-            elif wanted:
-                block.refs.append(ref)
-                block.raw_bytes += length
-            at += length
-            if not wanted or length >= _LARGE:
-                begin = at
-        if begin < at:
-            block.parts.append(view[begin:at])
+            begin = stop + 1
+        block = self._open
         if block.raw_bytes >= _NEARLY:
             blocks.append(self._hold(block, run))
-            block = RawBlock(self._meta)
+            self._open = RawBlock(self._meta)
         else:
             # A copy: what is kept of a run holds neither its slab nor the rest of it.
             block.parts = [bytes(part) if isinstance(part, memoryview) else part for part in block.parts]
-        self._open = block
         return blocks
+
+    def _take(self, view: memoryview, refs: bytes, ends: list[int], begin: int, end: int) -> None:
+        """Put chunks `begin` to `end` of a run into the open block."""
+        if begin < end:
+            self._open.parts.append(view[ends[begin] : ends[end]])
+            self._open.refs.append(_refs_between(refs, begin, end))
+            self._open.raw_bytes += ends[end] - ends[begin]
 
     def rest(self) -> list[RawBlock]:
         """The last block, when nothing more comes."""
@@ -75,6 +83,10 @@ class Gatherer:
             run.slab.hold()
             block.slabs.append(run.slab)
         return block
+
+
+def _refs_between(refs: bytes, begin: int, end: int) -> bytes:
+    return refs[begin * REF_BYTES : end * REF_BYTES]
 
 
 async def dedup_stage(

@@ -21,7 +21,7 @@ REF_BYTES = 36
 ATTEMPT_BYTES = 16
 # In a block's refs, an id of zeros stands for bytes of chunks that are not named.
 UNNAMED = bytes(ID_BYTES)
-_REF = struct.Struct("<32sI")
+_REF, _REF_LENGTH = struct.Struct("<32sI"), struct.Struct("<32xI")
 
 pack_ref = _REF.pack
 
@@ -34,9 +34,17 @@ def iter_refs(refs: bytes) -> Iterator[tuple[bytes, int]]:
     return _REF.iter_unpack(refs)
 
 
+def ref_lengths(refs: bytes) -> list[int]:
+    """The lengths of the chunks that packed refs name, in bytes.
+
+    :raises struct.error: if the length is no multiple of 36
+    """
+    return [length for (length,) in _REF_LENGTH.iter_unpack(refs)]
+
+
 def refs_length(refs: bytes) -> int:
     """Sum of the lengths of the chunks that packed refs name, in bytes."""
-    return sum(length for _, length in _REF.iter_unpack(refs))
+    return sum(ref_lengths(refs))
 
 
 class Extra(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
