@@ -7,12 +7,13 @@ them with O_DIRECT. Catalog chunks fill packs of their own, so that reading a ca
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
-import zstandard
 
+from coffret.engine.compressor import Compressor
 from coffret.engine.errors import CoffretError
 from coffret.engine.flow import Waiters
 from coffret.engine.memory import fresh_memory, give_back
@@ -21,7 +22,7 @@ from coffret.engine.sealing import RAW, ZSTD
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from coffret.engine.flow import Sender
     from coffret.engine.messages import RawBlock
@@ -66,20 +67,19 @@ class Packer:
         self._current: dict[bool, PackBuilder | None] = {False: None, True: None}
         self._turns = {False: anyio.Lock(), True: anyio.Lock()}
         self._lock = threading.Lock()
-        self._local = threading.local()
+        self._compressors: list[Compressor] = []  # those not in use
         self._expect_transfers, self._until_transfers = expect_transfers, _SURE_BYTES
 
-    def _compress(self, block: RawBlock) -> Body:
-        """Join and compress a block, unless it comes packed; one that does not shrink stays as it is."""
+    def _compress(self, block: RawBlock, compressor: Compressor) -> Body:
+        """Join and compress a block, unless it comes packed; one that does not shrink stays as it is.
+
+        What is returned is good until the compressor is used again.
+        """
         if block.packed is not None:
             return Body(block, block.packed, block.codec)
-        data = block.parts[0] if len(block.parts) == 1 else b"".join(block.parts)
-        if self._level is None:
-            return Body(block, data, RAW)
-        if not hasattr(self._local, "zstd"):
-            self._local.zstd = zstandard.ZstdCompressor(level=self._level)
-        packed = self._local.zstd.compress(data)
-        return Body(block, packed, ZSTD) if len(packed) < len(data) else Body(block, data, RAW)
+        data = compressor.join(block.parts)
+        packed = compressor.compress(data)
+        return Body(block, data, RAW) if packed is None else Body(block, packed, ZSTD)
 
     def _place(self, body: Body) -> tuple[bool, PackBuilder | None]:
         """Seal a block into its open pack: (whether it fitted, the pack if this was the last it waited for)."""
@@ -102,20 +102,40 @@ class Packer:
         Returns how many are sealed, the body of that one, to be given again when there is room, and the packs that
         waited for one of these last.
         """
+        with self._compressor() as compressor:
+            return self._seal(blocks, body, compressor)
+
+    def _seal(
+        self, blocks: list[RawBlock], body: Body | None, compressor: Compressor
+    ) -> tuple[int, Body | None, list[PackBuilder]]:
         full: list[PackBuilder] = []
         sealed_bytes = 0
         for count, block in enumerate(blocks):
             if sealed_bytes >= _AT_ONCE_BYTES:
                 return count, None, full
-            body = body or self._compress(block)
+            body = body or self._compress(block, compressor)
             placed, pack = self._place(body)
             if not placed:
+                if block.packed is None:  # else it stays where it is until the block is released
+                    body.data = bytes(body.data)
                 return count, body, full
             body = None
             sealed_bytes += block.raw_bytes
             if pack is not None:
                 full.append(pack)
         return len(blocks), None, full
+
+    @contextmanager
+    def _compressor(self) -> Iterator[Compressor]:
+        """One that nobody uses meanwhile: there are as many as threads that seal at a time."""
+        try:
+            compressor = self._compressors.pop()
+        except IndexError:
+            compressor = Compressor(self._level)
+        try:
+            yield compressor
+        finally:
+            self._compressors.append(compressor)
 
     def sealed(self, size_bytes: int) -> None:
         """So many bytes more, uncompressed, are in packs: before one is full the storage may make ready for it."""
@@ -177,4 +197,5 @@ class Packer:
         give_back([*self._free, *self._buffers.values()])
         self._free.clear()
         self._buffers.clear()
+        self._compressors.clear()
         self._current.clear()
