@@ -9,6 +9,9 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 # What has to be built or installed anew when it changes; Python files take effect as they are.
 BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# As pip does with packages that are not edited in place. Where PYTHONDONTWRITEBYTECODE is set, each start would compile
+# a hundred files, which takes longer than all else it does.
+COMPILE := $(BIN)/python -m compileall -q .pkg/coffret commands connectors engine
 
 .PHONY: help venv demo test lint types bench fuzz damage crash load clean
 
@@ -67,12 +70,15 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
 	$(PIP_INSTALL) --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[test]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-lint: $(BUILT_FROM) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[test,lint]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
