@@ -24,7 +24,8 @@ _FAILED, _USAGE, _OUT_OF_SPACE, _INTERRUPTED = 1, 2, 13, 130
 def main() -> NoReturn:
     """The program. It ends the process with a code of `coffret.engine.errors`: 0 only when all was done.
 
-    At once: to take the interpreter apart would take 10 to 40 ms more, and nothing is left to be done.
+    At once: all that a command has begun is done by then, and the interpreter's own end would take 10 to 40 ms more.
+    What `atexit` has been given is not called.
     """
     try:
         _at_signals(_end_interrupted)
@@ -48,10 +49,11 @@ def main() -> NoReturn:
         _forget_output()
         _write(2, f"coffret: standard output can't be written: {error.strerror} (direct it elsewhere)")
         code = _OUT_OF_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else _FAILED
-    try:  # noqa: SIM105 - contextlib takes time to import
-        sys.stderr.flush()
-    except OSError:
-        pass
+    for file in (sys.stdout, sys.stderr):
+        try:  # noqa: SIM105 - contextlib takes time to import
+            file.flush()
+        except (OSError, ValueError):
+            pass
     os._exit(code)
 
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from coffret.commands.line import Globals
     from coffret.engine.derivation import Derivation
 
-# Commands that open no repository, or not with its passphrase.
+# Commands that open no repository, or not with its passphrase; and options by which others need none.
 _WITHOUT_KEY = ("version", "create", "clone", "server")
+_NO_KEY = ("h", "help", "packs", "from")
 
 
 def derive_early(command: str, arguments: Sequence[str], globals_: Globals) -> Derivation | None:
@@ -27,12 +28,13 @@ def derive_early(command: str, arguments: Sequence[str], globals_: Globals) -> D
     To know the location of a storage elsewhere its client would have to be imported: the engine does it then.
     """
     url = globals_.location
-    if command in _WITHOUT_KEY or not {"-h", "--help"}.isdisjoint(arguments):
+    options = (word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("-"))
+    if command in _WITHOUT_KEY or any(option in _NO_KEY for option in options):
         return None
     if ":" in url or not passphrase_is_at_hand(os.environ):
         return None
     try:
         location = location_of(real_folder(parse_location(url, globals_.options)))
-    except InvalidLocation:  # told by the command
+    except (InvalidLocation, OSError):  # told by the command
         return None
     return begin_derivation(location, likely_slot(location), lambda: passphrase_from_environment(os.environ))

@@ -22,7 +22,7 @@ cdef enum:
 ROW_BYTES = ROW
 
 
-cdef struct Place:
+cdef struct SortKey:
     uint64_t key  # the first 8 bytes of a row
     const uint8_t* row
 
@@ -50,7 +50,7 @@ def rows_of(list blocks not None, uint32_t section, bytes unnamed not None):
     cdef uint64_t inner
     cdef uint8_t codec
     cdef const uint8_t* ref
-    cdef const uint8_t* nobody = <const uint8_t*>PyBytes_AS_STRING(unnamed)
+    cdef const uint8_t* unnamed_id = <const uint8_t*>PyBytes_AS_STRING(unnamed)
     cdef uint8_t* at
     cdef bytes refs, made
     if len(unnamed) != ID:
@@ -67,7 +67,7 @@ def rows_of(list blocks not None, uint32_t section, bytes unnamed not None):
         ref = <const uint8_t*>PyBytes_AS_STRING(refs)
         for i in range(len(refs) // REF):
             length = ref[ID] | (<uint32_t>ref[ID + 1] << 8) | (<uint32_t>ref[ID + 2] << 16) | (<uint32_t>ref[ID + 3] << 24)
-            if memcmp(ref, nobody, ID):
+            if memcmp(ref, unnamed_id, ID):
                 if inner >> 32:
                     raise OverflowError("a chunk lies beyond any block")
                 memcpy(at, ref, ID)
@@ -86,30 +86,36 @@ def rows_of(list blocks not None, uint32_t section, bytes unnamed not None):
 
 
 cdef int compare(const void* left, const void* right) noexcept nogil:
-    cdef const Place* a = <const Place*>left
-    cdef const Place* b = <const Place*>right
+    cdef const SortKey* a = <const SortKey*>left
+    cdef const SortKey* b = <const SortKey*>right
     if a.key != b.key:
         return -1 if a.key < b.key else 1
     return memcmp(a.row, b.row, ROW)
 
 
 def sort_rows(bytes rows not None):
-    """The rows in order, one behind the other."""
+    """The rows in order, one behind the other.
+
+    :raises ValueError: if the last one is cut short
+    """
     cdef Py_ssize_t count = len(rows) // ROW, i
     cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(rows)
     cdef bytes made = PyBytes_FromStringAndSize(NULL, count * ROW)
     cdef uint8_t* target = <uint8_t*>PyBytes_AS_STRING(made)
-    cdef Place* places = <Place*>malloc(count * sizeof(Place) + 1)
-    if places == NULL:
+    cdef SortKey* keys
+    if len(rows) % ROW:
+        raise ValueError("rows are cut short")
+    keys = <SortKey*>malloc(count * sizeof(SortKey) + 1)
+    if keys == NULL:
         raise MemoryError
     with nogil:
         for i in range(count):
-            places[i].row = data + i * ROW
-            places[i].key = number_at(places[i].row, 8)
-        qsort(places, count, sizeof(Place), compare)
+            keys[i].row = data + i * ROW
+            keys[i].key = number_at(keys[i].row, 8)
+        qsort(keys, count, sizeof(SortKey), compare)
         for i in range(count):
-            memcpy(target + i * ROW, places[i].row, ROW)
-        free(places)
+            memcpy(target + i * ROW, keys[i].row, ROW)
+        free(keys)
     return made
 
 

@@ -17,6 +17,16 @@ from coffret.engine.settings import BLOCK_BYTES, MIB
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_FUNCTIONS = (
+    "ZSTD_createCCtx",
+    "ZSTD_freeCCtx",
+    "ZSTD_CCtx_setParameter",
+    "ZSTD_c_compressionLevel",
+    "ZSTD_compressBound",
+    "ZSTD_compress2",
+    "ZSTD_isError",
+    "ZSTD_getErrorName",
+)
 # Chunks may be larger in repositories that were made so; then fresh memory does.
 _MOST_BYTES = 8 * MIB
 
@@ -28,30 +38,31 @@ class Compressor:
     """
 
     def __init__(self, level: int | None) -> None:
-        """Prepare.
+        """Prepare; memory is taken when it is needed first.
 
-        :raises MemoryError: if there is no memory for it
+        :raises MemoryError: if there is none for zstd
         """
         self._level = level
-        self._joined = memoryview(fresh_memory(BLOCK_BYTES))
-        self._zstd = zstd = _functions()
-        if level is None or zstd is None:
-            return
-        self._context = zstd.ffi.gc(zstd.lib.ZSTD_createCCtx(), zstd.lib.ZSTD_freeCCtx)
-        if self._context == zstd.ffi.NULL:
-            raise MemoryError
-        self._checked(zstd.lib.ZSTD_CCtx_setParameter(self._context, zstd.lib.ZSTD_c_compressionLevel, level))
-        # Only as much of it is ever touched as the largest compressed block takes.
-        memory = fresh_memory(zstd.lib.ZSTD_compressBound(_MOST_BYTES))
-        self._packed, self._target = memoryview(memory), zstd.ffi.from_buffer(memory, require_writable=True)
+        self._joined = self._packed = memoryview(b"")
+        self._zstd = zstd = _functions() if level is not None else None
+        if zstd is not None:
+            self._context = zstd.ffi.gc(zstd.lib.ZSTD_createCCtx(), zstd.lib.ZSTD_freeCCtx)
+            if self._context == zstd.ffi.NULL:
+                raise MemoryError
+            self._checked(zstd.lib.ZSTD_CCtx_setParameter(self._context, zstd.lib.ZSTD_c_compressionLevel, level))
 
     def join(self, parts: Sequence[bytes | memoryview]) -> bytes | memoryview:
-        """The parts, one behind the other."""
+        """The parts, one behind the other.
+
+        :raises OSError: if there is no memory
+        """
         if len(parts) == 1:
             return parts[0]
         size = sum(map(len, parts))
-        if size > len(self._joined):
+        if size > BLOCK_BYTES:
             return b"".join(parts)
+        if not self._joined:
+            self._joined = memoryview(fresh_memory(BLOCK_BYTES))
         at = 0
         for part in parts:
             self._joined[at : at + len(part)] = part
@@ -61,6 +72,7 @@ class Compressor:
     def compress(self, data: bytes | memoryview) -> bytes | memoryview | None:
         """A zstd frame that tells its content's length, or None where it would be no shorter than that.
 
+        :raises OSError: if there is no memory
         :raises zstandard.ZstdError: if the library fails
         """
         if self._level is None:
@@ -70,11 +82,12 @@ class Compressor:
         if zstd is None or len(data) > _MOST_BYTES:
             packed = zstandard.ZstdCompressor(level=self._level).compress(data)
         else:
-            source = zstd.ffi.from_buffer(data)
-            size = self._checked(
-                zstd.lib.ZSTD_compress2(self._context, self._target, len(self._packed), source, len(data))
-            )
-            packed = self._packed[:size]
+            bound = zstd.lib.ZSTD_compressBound(max(len(data), BLOCK_BYTES))
+            if len(self._packed) < bound:
+                self._packed = memoryview(fresh_memory(bound))
+            source, target = zstd.ffi.from_buffer(data), zstd.ffi.from_buffer(self._packed, require_writable=True)
+            size = zstd.lib.ZSTD_compress2(self._context, target, len(self._packed), source, len(data))
+            packed = self._packed[: self._checked(size)]
         return packed if len(packed) < len(data) else None
 
     def _checked(self, result: int) -> int:
@@ -90,8 +103,10 @@ class Compressor:
 
 
 def _functions() -> Any:
-    """The library's C functions, `lib` and `ffi`; None where python-zstandard was built without them."""
+    """The library's C functions, `lib` and `ffi`; None where python-zstandard has not got them, as it may."""
     try:
-        return import_module("zstandard._cffi")
-    except ImportError:
+        found = import_module("zstandard._cffi")
+        missing = [name for name in _FUNCTIONS if not hasattr(found.lib, name)]
+        return found if found.ffi and not missing else None
+    except (ImportError, AttributeError):
         return None

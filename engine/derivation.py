@@ -6,6 +6,7 @@ repository last (`state.SlotHint`) says what its keys are derived from; the slot
 
 from __future__ import annotations
 
+import hmac
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -20,28 +21,29 @@ if TYPE_CHECKING:
 
 
 class Derivation:
-    """Keys being derived, in a thread, for the repository at `location`."""
+    """Keys being derived from a passphrase, in a thread, for the repository at `location`."""
 
     def __init__(self, location: str, hint: SlotHint, passphrase: bytes) -> None:
         """Begin.
 
         :raises RuntimeError: if no further thread can be started
         """
-        self.location = location
+        self.location, self._passphrase = location, passphrase
         self._parameters = kdf.KdfParameters(hint.salt, kdf.Cost(hint.memory_kib, hint.passes, hint.lanes))
         self._keys: kdf.DerivedKeys | None = None
         # No daemon: a process that ends meanwhile must not take OpenSSL down under it.
-        self._thread = threading.Thread(target=self._derive, args=(passphrase,), name="derive")
+        self._thread = threading.Thread(target=self._derive, name="derive")
         self._thread.start()
 
-    def keys(self) -> kdf.DerivedKeys | None:
-        """Wait for the keys; None if there are none, since the parameters or the memory do not suffice."""
+    def keys(self, passphrase: bytes) -> kdf.DerivedKeys | None:
+        """Wait for the keys, and hand them over, once; None if they are another passphrase's, or memory was short."""
         self._thread.join()
-        return self._keys
+        derived, self._keys = self._keys, None
+        return derived if hmac.compare_digest(passphrase, self._passphrase) else None
 
-    def _derive(self, passphrase: bytes) -> None:
-        with suppress(CoffretError):  # the slot itself tells what is wrong
-            self._keys = kdf.derive(self._parameters, passphrase)
+    def _derive(self) -> None:
+        with suppress(Exception):  # whoever opens the slot derives them anew, and tells what is wrong
+            self._keys = kdf.derive(self._parameters, self._passphrase)
 
 
 def begin_derivation(location: str, hint: SlotHint, passphrase: Callable[[], bytes | None]) -> Derivation | None:

@@ -72,6 +72,8 @@ async def open_repository(
         ahead = ReadAhead(connector) if listing and not connector.places else None
         hint = await to_thread.run_sync(state.likely_slot, connector.location, options.state_dir)
         derivation = options.derivation
+        if derivation is not None and derivation.location != connector.location:
+            derivation = None
         if derivation is None and passphrase and options.passphrase_at_hand:
             derivation = begin_derivation(connector.location, hint, passphrase)
         data, keyring, _ = await together(
@@ -244,7 +246,7 @@ async def _unlock(
     if passphrase is None:
         raise WrongPassphrase("the repository is encrypted and no passphrase was given")
     given = passphrase()
-    derived = await to_thread.run_sync(derivation.keys) if derivation is not None else None
+    derived = await to_thread.run_sync(derivation.keys, given) if derivation is not None else None
     return await to_thread.run_sync(keys.unlock, keyring.live, given, digest, likely, derived)
 
 

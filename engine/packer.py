@@ -67,13 +67,14 @@ class Packer:
         self._current: dict[bool, PackBuilder | None] = {False: None, True: None}
         self._turns = {False: anyio.Lock(), True: anyio.Lock()}
         self._lock = threading.Lock()
-        self._compressors: list[Compressor] = []  # those not in use
+        # Those not in use. Taking and giving back are each atomic.
+        self._compressors: list[Compressor] = []
         self._expect_transfers, self._until_transfers = expect_transfers, _SURE_BYTES
 
     def _compress(self, block: RawBlock, compressor: Compressor) -> Body:
         """Join and compress a block, unless it comes packed; one that does not shrink stays as it is.
 
-        What is returned is good until the compressor is used again.
+        What is returned is good until the compressor is used again; a block that comes packed stays where it is.
         """
         if block.packed is not None:
             return Body(block, block.packed, block.codec)
@@ -116,7 +117,7 @@ class Packer:
             body = body or self._compress(block, compressor)
             placed, pack = self._place(body)
             if not placed:
-                if block.packed is None:  # else it stays where it is until the block is released
+                if block.packed is None:  # it may lie in the compressor's memory
                     body.data = bytes(body.data)
                 return count, body, full
             body = None

@@ -35,7 +35,8 @@ def passphrase_is_at_hand(env: Mapping[str, str], prefix: str = PREFIX) -> bool:
     plain, file, command = passphrase_variables(prefix)
     if command in env:
         return False
-    return plain in env or (file in env and os.path.isfile(env[file]))
+    # What lies in these is a pipe's or another's end, whatever it is now: it may be there only once.
+    return plain in env or (file in env and os.path.isfile(env[file]) and not env[file].startswith(("/dev/", "/proc/")))
 
 
 def passphrase_from_environment(env: Mapping[str, str], prefix: str = PREFIX) -> bytes | None:

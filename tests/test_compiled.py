@@ -251,6 +251,8 @@ class TestRows:
             rows_of([Block(0, 0, 0, 0, ref[:-1])], 0, UNNAMED)
         with pytest.raises(ValueError, match="another length"):
             rows_of([], 0, b"")
+        with pytest.raises(ValueError, match="cut short"):
+            sort_rows(bytes(ROW.size + 1))
         for numbers in ((1 << 32, 0, 0, 0), (0, -1, 0, 0), (0, 0, 1 << 32, 0), (0, 0, 0, 256)):
             with pytest.raises(OverflowError):
                 rows_of([Block(*numbers, ref)], 0, UNNAMED)

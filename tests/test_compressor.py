@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WORDS = st.sampled_from([b"one ", b"two ", b"three ", bytes(100)])
+FUNCTIONS = compressor._functions
 LONG = b"".join(b"%d " % (n * n) for n in range(200_000))
 
 
@@ -68,6 +71,22 @@ def test_what_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Compressor(1)
     if made._zstd is None:
         return
-    monkeypatch.setattr(compressor, "_MOST_BYTES", 1 << 40)
+    made._packed = memoryview(bytearray(1 << 20))
+    real = made._zstd.lib
+
+    class Small:
+        def __getattr__(self, name: str) -> object:
+            return (lambda _: 0) if name == "ZSTD_compressBound" else getattr(real, name)
+
+    monkeypatch.setattr(made, "_zstd", SimpleNamespace(lib=Small(), ffi=made._zstd.ffi))
     with pytest.raises(zstandard.ZstdError, match="too small"):
-        made.compress(memoryview(os.urandom(9 << 20)))
+        made.compress(memoryview(os.urandom(2 << 20)))
+
+
+def test_another_release_may_not_have_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (SimpleNamespace(), SimpleNamespace(lib=SimpleNamespace(ZSTD_compress2=1), ffi=1)):
+        monkeypatch.setitem(sys.modules, "zstandard._cffi", module)
+        monkeypatch.setattr(compressor, "_functions", FUNCTIONS)
+        assert compressor._functions() is None
+    monkeypatch.setitem(sys.modules, "zstandard._cffi", None)
+    assert compressor._functions() is None

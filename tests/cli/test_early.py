@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ from coffret.commands.line import Globals
 from coffret.connectors.local import LocalConnector
 from coffret.engine import kdf
 from coffret.engine.creation import create_repository
+from coffret.engine.derivation import begin_derivation
+from coffret.engine.errors import WrongPassphrase
+from coffret.engine.opening import open_repository
+from coffret.engine.repository import OpenOptions
+from coffret.engine.state import likely_slot
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +42,10 @@ async def test_the_keys_of_a_folder(place: Path, monkeypatch: pytest.MonkeyPatch
     derivation = derive_early("backup", ["."], Globals(repository=str(place)))
     assert derivation is not None
     assert derivation.location == LocalConnector(place).location
-    derived = derivation.keys()
+    derived = derivation.keys(b"right")
     assert derived is not None
     assert derived == kdf.derive(derived.parameters, b"right")
+    assert derivation.keys(b"right") is None  # a key is kept no longer than it is needed
     monkeypatch.chdir(place.parent)
     (place.parent / "link").symlink_to(place)
     for name in ("repository", "./link", str(place / "..") + "/repository/"):
@@ -54,6 +61,8 @@ async def test_nothing_begins(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("create", [], here),
         ("backup", ["--help"], here),
         ("ls", ["-h"], here),
+        ("check", ["--packs"], here),
+        ("passphrase", ["add", "--from=recovery"], here),
         ("ls", [], Globals(repository=str(place.parent / "other"))),
         ("ls", [], Globals(repository=f"file://{place}")),
         ("ls", [], Globals(repository="s3://host/bucket")),
@@ -68,6 +77,39 @@ async def test_nothing_begins(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert derive_early("ls", [], here) is None
     monkeypatch.delenv("COFFRET_PASSPHRASE")
     assert derive_early("ls", [], here) is None
+
+
+async def test_for_another_passphrase_or_place_it_is_not_used(place: Path) -> None:
+    derivation = derive_early("ls", [], Globals(repository=str(place)))
+    assert derivation is not None
+    assert derivation.keys(b"wrong") is None
+    for location, passphrase in ((derivation.location, b"wrong"), ("file:///elsewhere", b"wrong")):
+        begun = begin_derivation(location, likely_slot(derivation.location), lambda: b"right")
+        with pytest.raises(WrongPassphrase):
+            async with open_repository(
+                str(place), passphrase=functools.partial(bytes, passphrase), options=OpenOptions(derivation=begun)
+            ):
+                pass
+
+
+async def test_where_the_current_directory_is_gone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert derive_early("ls", [], Globals(repository="repository")) is None
+
+
+async def test_what_goes_wrong_is_told_by_whoever_needs_the_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(kdf, "derive", fail)
+    derivation = derive_early("ls", [], Globals(repository=str(place)))
+    assert derivation is not None
+    assert derivation.keys(b"right") is None
 
 
 async def test_without_another_thread(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
