@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
 # What has to be built or installed anew when it changes; Python files take effect as they are.
 BUILT_FROM := pyproject.toml $(wildcard engine/_*.pyx engine/_*.pxi) .pkg/coffret/__init__.py
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# As pip does with packages that are not edited in place. Where PYTHONDONTWRITEBYTECODE is set, each start would compile
-# a hundred files, which takes longer than all else it does.
-COMPILE := $(BIN)/python -m compileall -q .pkg/coffret commands connectors engine
+# Install with the target's EXTRAS, and compile all modules, as pip does with packages that are not edited in place: where
+# PYTHONDONTWRITEBYTECODE is set, each start would compile a hundred, which takes longer than all else it does.
+define INSTALL
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS)'
+$(BIN)/python -m compileall -q .pkg/coffret .pkg/coffret/*/
+endef
 
 .PHONY: help venv demo test lint types bench fuzz damage crash load clean
 
@@ -69,16 +71,15 @@ $(BIN)/python:
 	    { "$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }; }
 
 $(VENV)/.installed: $(BUILT_FROM) | $(BIN)/python
-	$(PIP_INSTALL) --editable .
-	$(COMPILE)
+	$(INSTALL)
 	@touch $@
 
+$(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-test: $(BUILT_FROM) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[test]'
-	$(COMPILE)
+	$(INSTALL)
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-lint: EXTRAS := [test,lint]
 $(VENV)/.installed-lint: $(BUILT_FROM) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[test,lint]'
-	$(COMPILE)
+	$(INSTALL)
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

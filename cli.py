@@ -67,14 +67,17 @@ def run(arguments: list[str]) -> int:
     if not arguments:
         print(usage(), end="", file=sys.stderr)
         return _USAGE
-    derivation = None
     try:
         globals_, name, rest = begin_line(arguments)
-        if name != "help":
-            from coffret.commands.early import derive_early
+        if name == "help":
+            if rest:
+                return run([*rest, "--help"])
+            print(usage(), end="")
+            return 0
+        from coffret.commands.early import derive_early
 
-            derivation = derive_early(name, rest, globals_)
-            rest = own_arguments(name, rest, globals_)
+        derivation = derive_early(name, rest, globals_)
+        rest = own_arguments(name, rest, globals_)
     except LineError as error:
         from coffret.display import Display
         from coffret.engine.errors import UsageError
@@ -83,11 +86,6 @@ def run(arguments: list[str]) -> int:
         display = Display("coffret", quiet=False, verbose=False, as_json=_wants_json(arguments))
         display.error(UsageError(str(error), remedy=see))
         return _USAGE
-    if name == "help":
-        if rest:
-            return run([*rest, "--help"])
-        print(usage(), end="")
-        return 0
     from coffret.commands.running import invoke
 
     return invoke(load_command(name), name, rest, globals_, derivation)

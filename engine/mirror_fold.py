@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Rows gathered in memory before they are sorted and written as a run: 4 MB, and three times as much meanwhile.
 FRESH_ROWS = 1 << 16
 # Rows of a bucket, on average, are between half of this and this: one look-up in twenty of what is not there meets a
-# hint that is right by chance. A bucket takes four bytes, and a bisection (0.4 µs) whenever its rows are written.
+# hint that is right by chance. A bucket takes four bytes.
 _BUCKET_ROWS = 16
 # Folding goes piece by piece: at least so many buckets has every run, and so many rows, about, has a piece.
 _MIN_BITS = 12
