@@ -3,9 +3,12 @@
 Names are loaded when they are first used, so that a pool worker, which needs none of them, starts in milliseconds.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # as type checkers know it: importing `typing` takes as long as starting the interpreter
 if TYPE_CHECKING:
+    from typing import Any
+
     from coffret.engine.creation import create_repository
     from coffret.engine.opening import open_repository
     from coffret.engine.repository import Repository

@@ -5,7 +5,10 @@ from __future__ import annotations
 import marshal
 import os
 import struct
-from typing import Any
+
+TYPE_CHECKING = False  # see `chunkworker`
+if TYPE_CHECKING:
+    from typing import Any
 
 FRAME = struct.Struct("<I")
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-import signal
 import sys
-from typing import TYPE_CHECKING, Any
 
 from coffret.engine.frames import put_frame
 
+TYPE_CHECKING = False  # see `chunkworker`
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 
 def run_worker(make: Callable[..., Any]) -> None:
     """Run a worker until its parent is gone or has closed the socket.
 
-    What ends a program is the parent's to handle: Ctrl-C, a closed terminal and a service's end go to all of its group.
-
     `make` gets the numbers of the command line: SOCKET MEMORY NUMBER SLABS SLAB_BYTES. What goes wrong is told to the
     parent as ("error", text); the traceback goes to standard error, which is nowhere as a rule.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     gc.disable()  # nothing here is cyclic
     numbers = [int(word) for word in sys.argv[1:6]]
     try:
@@ -33,6 +28,8 @@ def run_worker(make: Callable[..., Any]) -> None:
         os._exit(0)
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105 - see `chunkworker`
             put_frame(numbers[0], ("error", reason))
+        except OSError:
+            pass
         raise

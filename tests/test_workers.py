@@ -102,7 +102,7 @@ def test_the_search_path_is_absolute_and_no_longer_than_needed(monkeypatch: pyte
     assert "/elsewhere" not in folders
     code = "import coffret.engine.openworker, coffret.engine.chunkworker"
     variables = {"PYTHONPATH": os.pathsep.join(folders)}
-    subprocess.run([sys.executable, "-P", "-c", code], cwd="/", env=variables, check=True)
+    subprocess.run([sys.executable, "-P", "-S", "-c", code], cwd="/", env=variables, check=True)
 
 
 def test_a_child_gets_no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +123,19 @@ def test_a_command_whose_output_is_backed_up_gets_no_passphrase(tmp_path: Path) 
     told = (tmp_path / "target" / "env").read_text()
     assert "COFFRET_REPOSITORY=" in told
     assert "what nobody else may know" not in told
+
+
+async def test_what_ends_a_program_is_not_for_its_workers() -> None:
+    """They are there until the parent has ended them, from their first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    async with pool() as workers:
+        workers.start(HELLO)
+        for worker in workers.workers:
+            status = Path(f"/proc/{worker.process.pid}/status").read_text()
+            [blocked] = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:"))
+            assert all(blocked & 1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+            assert not blocked & 1 << signal.SIGUSR1 - 1
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 async def test_a_worker_that_fails_says_why(capfd: pytest.CaptureFixture[str]) -> None:
