@@ -39,8 +39,9 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader of our output is gone: nobody is left to tell
         _forget_output()
         code = _FAILED
-    except (MemoryError, ImportError) as error:
-        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+    except (MemoryError, ImportError, SystemError) as error:
+        signs = ("failed to map segment", "return without exception set")  # as in `engine/errors.py`
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         _write(2, "coffret: not enough memory (end other programs, or raise the limit: ulimit -v)")
         code = _FAILED

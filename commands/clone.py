@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from coffret.commands.line import EPILOG
 from coffret.display import counted, path_fields, printable
@@ -34,7 +34,7 @@ def command(session: Session, words: tuple[str, ...]) -> int:
     async def clone() -> int:
         from coffret.engine.ops.clone import clone
 
-        target_options = replace(session.peer_options, encrypted_only=False)
+        target_options = msgspec.structs.replace(session.peer_options, encrypted_only=False)
         summary = await clone(
             session.location,
             destination,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     import click
@@ -99,8 +100,7 @@ class LineError(Exception):
     command = ""
 
 
-@dataclass(slots=True)
-class Globals:
+class Globals(msgspec.Struct):
     """The global options, and the repository they go with: "" if the line names none."""
 
     repository: str = ""
@@ -116,7 +116,7 @@ class Globals:
     cache_dir: str | None = None
     expect_id: str | None = None
     expect_state: str | None = None
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def location(self) -> str:

@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import click
+import msgspec
 
 from coffret.connectors.registry import Transfers
 from coffret.display import Display, ReaderGone, terminal
@@ -108,7 +108,7 @@ class Session:
 
         What its connector is to know stands in the query of its URL.
         """
-        return replace(
+        return msgspec.structs.replace(
             self.options,
             connector={},
             expect_id=None,

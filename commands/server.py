@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from coffret.commands.line import EPILOG
 from coffret.display import OutputLost, ReaderGone, counted, printable
@@ -67,8 +67,10 @@ def command(context: click.Context, /, listen: str, memory: str, no_auth: bool, 
                 remedy="leave it out and make tokens, or listen on 127.0.0.1",
             )
         # What limits there are hold for what clients send and get: a put that waited for the storage would never end.
-        unlimited = replace(session.options.transfers, upload=None, download=None)
-        async with bare_storage(session.location, replace(session.options, transfers=unlimited)) as connector:
+        unlimited = msgspec.structs.replace(session.options.transfers, upload=None, download=None)
+        async with bare_storage(
+            session.location, msgspec.structs.replace(session.options, transfers=unlimited)
+        ) as connector:
             return await _serve(session, connector, address, certificate, memory, no_auth, stop)
 
     return session.run(serve, on_stop=stop.set)
@@ -138,7 +140,7 @@ async def _serve(
         on_note=display.note,
         on_exchange=_teller(session) if display.verbose else None,
         certificate=certificate,
-        limits=replace(Limits(), memory_bytes=memory_bytes),
+        limits=msgspec.structs.replace(Limits(), memory_bytes=memory_bytes),
         pace=Pace(session.options.transfers.upload, session.options.transfers.download),
     )
     requests = await serve(connector, settings)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+import msgspec
 
 from coffret.commands.line import EPILOG, PARTLY
 from coffret.commands.ls import iso_time
@@ -152,7 +152,9 @@ async def _legs(session: Session, legs: Sequence[Leg], selection: Selection, giv
             for snapshot in lack.snapshots:
                 _show(session, leg, snapshot)
         else:
-            options = replace(_options(session, leg, given["compression"]), back=lack.back, shared=lack.shared)
+            options = msgspec.structs.replace(
+                _options(session, leg, given["compression"]), back=lack.back, shared=lack.shared
+            )
             summary = await leg.target.sync(leg.source, lack.snapshots, options, session.display.progress)
             copied, damaged = copied + len(summary.copied), damaged + len(summary.damaged)
     progress = session.display.progress

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 
 from coffret.connectors.errors import InvalidName, InvalidRange
 
@@ -38,8 +38,7 @@ NAME = re.compile(r"(?!tmp(/|\Z))[a-z0-9][a-z0-9._-]{0,199}(/[a-z0-9][a-z0-9._-]
 READ_ONLY, APPEND_ONLY, FULL = RIGHTS = ("read-only", "append-only", "full")
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+class Capabilities(msgspec.Struct, frozen=True):
     """What a connector does best, as data for the engine's scheduling; and what it may be used for."""
 
     parallel_puts: int = 2
@@ -54,8 +53,7 @@ class Capabilities:
     right: str = FULL
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(msgspec.Struct, frozen=True):
     """An object in a listing: its name, size in bytes and modification time by the storage's clock (s since 1970)."""
 
     name: str
@@ -135,7 +133,7 @@ class Connector(ABC):
 
     def set_connections(self, count: int) -> None:
         """Move so many objects at a time, instead of what suits the storage; to be called before it is used."""
-        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=count)
+        self.capabilities = msgspec.structs.replace(self.capabilities, parallel_puts=count, parallel_gets=count)
 
     def set_insecure(self) -> None:  # noqa: B027 - most storages encrypt, or are on this machine
         """Accept that whoever is on the way can read what is moved, and what gives access to the storage."""

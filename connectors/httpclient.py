@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import ssl
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors import httperrors, httpplace
@@ -48,8 +48,7 @@ _LINGER_S = 0.25
 _MAX_INFO_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
+class Info(msgspec.Struct, frozen=True):
     """What a server says of itself: what its storage does best, with the token's right, and what it can't promise."""
 
     capabilities: Capabilities

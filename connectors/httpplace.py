@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import msgspec
 
 from coffret.connectors.errors import AccessDenied, InvalidLocation
 from coffret.connectors.httpwire import TOKEN_VARIABLE
@@ -23,8 +24,7 @@ _TOKEN = re.compile(r"[!-~]{1,1000}")
 _MAX_TOKEN_FILE_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a server is, and what a client needs beside. `path` is "" or has no slash at its end."""
 
     scheme: str

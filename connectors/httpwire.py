@@ -5,7 +5,7 @@ A refusal is a status for whoever looks from outside, a word in a header for the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from coffret.connectors.errors import (
     AlreadyExists,
@@ -34,8 +34,7 @@ DEFAULT_PORT = 8471
 TOKEN_VARIABLE = "COFFRET_SERVER_TOKEN"
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """What becomes of an error on its way: the status and the word in the header, and the class it is at the client."""
 
     word: str

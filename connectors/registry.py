@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.connectors.errors import InvalidLocation
 from coffret.connectors.limit import LimitConnector
@@ -54,8 +55,7 @@ def open_connector(url: str, options: Mapping[str, str]) -> Connector:
     return opener(url, options)
 
 
-@dataclass(frozen=True, slots=True)
-class Transfers:
+class Transfers(msgspec.Struct, frozen=True):
     """How a storage is to be used.
 
     `connections`: transfers at a time, None for what suits it. `upload` and `download`: bytes a second over all

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import msgspec
 
 from coffret.connectors.errors import InvalidLocation
 from coffret.connectors.s3errors import FORM
@@ -18,8 +19,7 @@ _AWS_HOST = re.compile(r"s3(?:[.-]([a-z0-9-]+))?\.amazonaws\.com(?:\.cn)?")
 _PORTS = {"s3": 443, "s3+http": 80}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a repository lies, and how to speak to the server. `endpoint` is None for AWS, which has one a region."""
 
     scheme: str

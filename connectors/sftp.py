@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import secrets
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
+
+import msgspec
 
 from coffret.connectors.base import Capabilities, Connector, ObjectInfo, checked_range, valid_name, valid_prefix
 from coffret.connectors.errors import (
@@ -118,7 +119,7 @@ class SFTPConnector(Connector):
 
     def set_connections(self, count: int) -> None:
         self._connections.limit = min(count, _MAX_CONNECTIONS)
-        self.capabilities = replace(self.capabilities, parallel_puts=count, parallel_gets=_GETS * count)
+        self.capabilities = msgspec.structs.replace(self.capabilities, parallel_puts=count, parallel_gets=_GETS * count)
 
     def expect_transfers(self) -> None:
         self._connections.expect()
@@ -244,7 +245,9 @@ class SFTPConnector(Connector):
             session.calls, session.large_calls = session.calls - 1, session.large_calls - large
             self._connections.changed()
             if self.capabilities.exclusive_puts is not bool(self._naming.exclusive):
-                self.capabilities = replace(self.capabilities, exclusive_puts=bool(self._naming.exclusive))
+                self.capabilities = msgspec.structs.replace(
+                    self.capabilities, exclusive_puts=bool(self._naming.exclusive)
+                )
 
     @asynccontextmanager
     async def _opened(self, name: str, offset: int, size_bytes: int) -> AsyncIterator[tuple[Files, OpenFile]]:

@@ -11,10 +11,10 @@ import functools
 import shlex
 import socket
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors.errors import AccessDenied, ConnectionLost, ConnectorError, InvalidLocation, NotStorage
@@ -43,8 +43,7 @@ _CIPHERS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """Where an SSH server is; what is None is as ~/.ssh/config or ssh's defaults say."""
 
     host: str
@@ -71,16 +70,15 @@ def ask_on_terminal(prompt: str) -> str | None:
     return getpass.getpass(prompt)
 
 
-@dataclass
-class Login:
+class Login(msgspec.Struct):
     """Opens connections to one server, with what was found out by the first: keys, known hosts, a password."""
 
     address: Address
     ask: Callable[[str], str | None] = ask_on_terminal
     _arguments: dict[str, Any] | None = None
-    _passwords: dict[str, str | None] = field(default_factory=dict)
+    _passwords: dict[str, str | None] = msgspec.field(default_factory=dict)
     #: What the last attempt went through, for its error.
-    tried: list[str] = field(default_factory=list)
+    tried: list[str] = msgspec.field(default_factory=list)
     key_refusal: str = ""
 
     async def connect(self) -> asyncssh.SSHClientConnection:

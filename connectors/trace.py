@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.connectors.wrapper import Wrapper
 
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
 _BOUNDS_S = [0.0001 * 1.25**step for step in range(64)]
 
 
-@dataclass(slots=True)
-class Calls:
+class Calls(msgspec.Struct):
     """What one method has done: `failed` of `calls` raised, `size_bytes` were moved, `total_s` were spent in all."""
 
     calls: int = 0
     failed: int = 0
     size_bytes: int = 0
     total_s: float = 0.0
-    _classes: list[int] = field(default_factory=lambda: [0] * (len(_BOUNDS_S) + 1))
+    _classes: list[int] = msgspec.field(default_factory=lambda: [0] * (len(_BOUNDS_S) + 1))
 
     def add(self, duration_s: float) -> None:
         """Count a call that took this long."""
@@ -50,8 +50,7 @@ class Calls:
         return _BOUNDS_S[-1]
 
 
-@dataclass(slots=True)
-class _Moved:
+class _Moved(msgspec.Struct):
     """What one call has moved."""
 
     size_bytes: int = 0

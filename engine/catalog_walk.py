@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from dataclasses import dataclass
 from operator import lt
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -39,8 +38,7 @@ UNKNOWN = -1
 _START: Key = (b"", b"")
 
 
-@dataclass(slots=True, eq=False)
-class LoadedPage:
+class LoadedPage(msgspec.Struct, eq=False):
     """A page as read: `entries` is how many it has in all its sections; 0 if it must not be kept as it is."""
 
     ref: PageRef
@@ -48,8 +46,7 @@ class LoadedPage:
     entries: int
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(msgspec.Struct):
     """A page or node still to come: its first key, its ref, the ref behind it, and its payload once that is read.
 
     `last`: the last key of a page that is known and not to be read.

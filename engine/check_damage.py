@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.packfile import pack_name
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 WHOLE = -1
 
 
-@dataclass(slots=True)
-class CheckSummary:
+class CheckSummary(msgspec.Struct):
     """What a check found. `damaged_files` counts (snapshot, path) pairs; each was reported as a fault.
 
     `packs_read`: those of the packs that were read whole. `missing_snapshots`: ids of those that were seen there and
@@ -28,11 +28,11 @@ class CheckSummary:
     snapshots: int = 0
     files: int = 0
     size_bytes: int = 0
-    damaged_packs: list[str] = field(default_factory=list)
-    damaged_objects: list[str] = field(default_factory=list)
-    damaged_snapshots: list[str] = field(default_factory=list)
+    damaged_packs: list[str] = msgspec.field(default_factory=list)
+    damaged_objects: list[str] = msgspec.field(default_factory=list)
+    damaged_snapshots: list[str] = msgspec.field(default_factory=list)
     damaged_files: int = 0
-    missing_snapshots: list[str] = field(default_factory=list)
+    missing_snapshots: list[str] = msgspec.field(default_factory=list)
 
     @property
     def clean(self) -> bool:

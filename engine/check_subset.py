@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.errors import UsageError
 from coffret.engine.units import parse_size
@@ -22,8 +23,7 @@ _DIGITS = 16
 _FORMS = "give a part such as 1/7, a percentage such as 10%, or a size such as 500M"
 
 
-@dataclass(frozen=True, slots=True)
-class Subset:
+class Subset(msgspec.Struct, frozen=True):
     """A part of all packs. One of `part` (the n-th of m, from 1), `percent` and `size_bytes` says which."""
 
     part: tuple[int, int] | None = None

@@ -7,8 +7,9 @@ job: a run with nothing to read starts none.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from coffret.engine import settings
 from coffret.engine.workerpool import Turns, Worker, WorkerPool
@@ -43,8 +44,7 @@ class Slab:
             self._free()
 
 
-@dataclass(slots=True)
-class Job:
+class Job(msgspec.Struct):
     """Work for a worker: one large file as a stream of pieces, or a batch of files.
 
     `deliver` gets each message: ("batch", slab, results), ("piece", slab, offset, refs) or ("file", result).

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.flow import together
 from coffret.engine.packfile import pack_name
@@ -57,15 +58,14 @@ class Packs:
                     yield pack_name(row[:ID_BYTES]), int.from_bytes(row[ID_BYTES:], "little")
 
 
-@dataclass(slots=True)
-class Contents:
+class Contents(msgspec.Struct):
     """All objects but config, keys and leases: sizes in bytes by name. `strange`: how many have no name of its kind."""
 
-    snapshots: dict[str, int] = field(default_factory=dict)
-    removed: dict[str, int] = field(default_factory=dict)
-    trash: dict[str, int] = field(default_factory=dict)
-    index: dict[str, int] = field(default_factory=dict)
-    packs: Packs = field(default_factory=Packs)
+    snapshots: dict[str, int] = msgspec.field(default_factory=dict)
+    removed: dict[str, int] = msgspec.field(default_factory=dict)
+    trash: dict[str, int] = msgspec.field(default_factory=dict)
+    index: dict[str, int] = msgspec.field(default_factory=dict)
+    packs: Packs = msgspec.field(default_factory=Packs)
     strange: int = 0
 
     @property

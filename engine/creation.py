@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors.errors import AlreadyExists, NotFound, NotStorage
@@ -52,7 +52,7 @@ async def create_repository(
         config = configuration.new_config(secrets)
     else:
         check_like(like, encrypted=encrypted)
-        secrets = replace(secrets, id_key=like.secrets.id_key, chunker_key=like.secrets.chunker_key)
+        secrets = msgspec.structs.replace(secrets, id_key=like.secrets.id_key, chunker_key=like.secrets.chunker_key)
         config = configuration.new_config(secrets, chunker=like.config.chunker, pack_bytes=like.config.pack_bytes)
     data = configuration.config_bytes(config)
     async with bare_storage(url, options) as connector:

@@ -32,8 +32,9 @@ _REMEDIES = {
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What helps where a token of `coffret server` is for less than what was asked.
 OTHER_TOKEN = "use a token that gives the right to it, or run the command where the server runs"
-# How a RuntimeError of `threading` and an ImportError of the dynamic loader say it.
-_NO_MEMORY = ("can't start new thread", "failed to map segment")
+# How a RuntimeError of `threading`, an ImportError of the dynamic loader and a SystemError of an import say it: the
+# interpreter reads and makes code in places that return without a MemoryError.
+_NO_MEMORY = ("can't start new thread", "failed to map segment", "return without exception set")
 
 
 class CoffretError(Exception):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -36,8 +36,7 @@ _CIPHERS = 1024
 BlockKey = tuple[bytes, int]
 
 
-@dataclass(slots=True)
-class Range:
+class Range(msgspec.Struct):
     """Neighbouring blocks of one pack, fetched as one: `blocks` by offset."""
 
     pack: bytes

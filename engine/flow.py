@@ -8,11 +8,11 @@ receivers see the end.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -76,8 +76,7 @@ class Waiters:
             raise
 
 
-@dataclass(slots=True)
-class ChannelStatistics:
+class ChannelStatistics(msgspec.Struct):
     """What went through a channel: where a pipeline waits shows which stage holds it up."""
 
     name: str

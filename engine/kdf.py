@@ -6,9 +6,9 @@ It imports little: what opens a repository begins with this, and imports the res
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 from blake3 import blake3
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
@@ -37,13 +37,15 @@ class KdfParameters(NamedTuple):
     cost: Cost
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class DerivedKeys:
+class DerivedKeys(msgspec.Struct, frozen=True):
     """What Argon2id gave of a passphrase: a slot's key-encryption key and commitment, if it has these parameters."""
 
     parameters: KdfParameters
     key: bytes
     commitment: bytes
+
+    def __repr__(self) -> str:
+        return "DerivedKeys"  # keys never reach a log or a traceback
 
 
 #: The most that a slot may ask for.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -55,8 +54,7 @@ class Removal(msgspec.Struct, frozen=True):
     checksum: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Keyring:
+class Keyring(msgspec.Struct, frozen=True):
     """What `keys/` holds: the bytes of `live` slots by id; slots ever `removed`; those of them that are still there.
 
     `last` is the number of the last removal. If that can't be read, `removed` is what an earlier one says, and

@@ -14,8 +14,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.maintenance_marks import MAX_PACKS
 
@@ -30,8 +31,7 @@ _SMALL_SHARE, _SMALL_PACKS, _GROWTH = 4, 16, 4
 _FIXED_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class PackUse:
+class PackUse(msgspec.Struct, frozen=True):
     """A pack: its size, how much of that is needed, whether it may be chosen, and whether it holds catalogs.
 
     `hurt`: it is damaged where nothing is needed.
@@ -50,8 +50,7 @@ class PackUse:
         return max(0, self.size_bytes - self.live_bytes - _FIXED_BYTES) if self.live_bytes else self.size_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """Packs to be swept, how many bytes they have together, and how many of these are needed."""
 
     packs: tuple[bytes, ...] = ()

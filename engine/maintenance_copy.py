@@ -10,10 +10,10 @@ what they decompress to), blocks (16 MiB), pack buffers (uploads + 3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -43,13 +43,12 @@ _READERS = 3
 COPIES_AT_ONCE = 50_000
 
 
-@dataclass(slots=True)
-class Wanted:
+class Wanted(msgspec.Struct):
     """A block, and what is wanted of it: where in it, which chunk, how long; `meta`: of a catalog."""
 
     location: Location
     meta: bool
-    chunks: list[tuple[int, bytes, int]] = field(default_factory=list)
+    chunks: list[tuple[int, bytes, int]] = msgspec.field(default_factory=list)
 
 
 class Gather:

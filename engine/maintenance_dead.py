@@ -8,7 +8,6 @@ cost time, and lose nothing.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,8 +31,7 @@ DEAD_AFTER_S = 1800.0
 _decode_lease = msgspec.msgpack.Decoder(Lease).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Dead:
+class Dead(msgspec.Struct, frozen=True):
     """`bury`: attempts to be ended. `drop`: attempts that have ended, and left their lease."""
 
     bury: frozenset[str] = frozenset()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from blake3 import blake3
 
 from coffret.connectors.errors import AlreadyExists
@@ -44,13 +44,12 @@ _ATTEMPT = re.compile(r"[0-9a-f]{32}")
 _READ_AT_ONCE = 16
 
 
-@dataclass(slots=True)
-class Marks:
+class Marks(msgspec.Struct):
     """What lies in trash/: the highest number; of the marks that are open their objects, and what was seen of them."""
 
     top: int = 0
-    open: dict[int, ObjectInfo] = field(default_factory=dict)
-    seen: dict[int, ObjectInfo] = field(default_factory=dict)
+    open: dict[int, ObjectInfo] = msgspec.field(default_factory=dict)
+    seen: dict[int, ObjectInfo] = msgspec.field(default_factory=dict)
 
 
 async def list_marks(connector: Connector) -> Marks:

@@ -6,9 +6,9 @@ Stages never import each other: these are all they share.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 from blake3 import blake3
 
 from coffret.engine.records import pack_ref
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from coffret.engine.records import Entry, PageRef
 
 
-@dataclass(slots=True)
-class Read:
+class Read(msgspec.Struct):
     """A file to be read for a page: where its entry goes, and what the scan saw.
 
     `path` is its name in the snapshot, `source` where it lies: the same, but where a link led to what was asked for.
@@ -36,8 +35,7 @@ class Read:
     size_bytes: int
 
 
-@dataclass(slots=True, eq=False)
-class ScanPage:
+class ScanPage(msgspec.Struct, eq=False):
     """A page of the catalog being made: entries by directory, in order, those still to be read being None.
 
     `kept` is the parent's page when nothing in it changed: then it is used as it is.
@@ -45,8 +43,8 @@ class ScanPage:
 
     number: int
     level: int
-    sections: list[tuple[bytes, list[Entry | None]]] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
+    sections: list[tuple[bytes, list[Entry | None]]] = msgspec.field(default_factory=list)
+    reads: list[Read] = msgspec.field(default_factory=list)
     missing: int = 0
     count: int = 0
     weight: int = 0
@@ -61,7 +59,7 @@ class ScanPage:
     # Files that had to be read.
     to_read: int = 0
     # What happened to an entry, by the identity of its name; only if someone wants to be told.
-    status: dict[int, str] = field(default_factory=dict)
+    status: dict[int, str] = msgspec.field(default_factory=dict)
     # The parent's page of which all entries up to now are, unchanged, and how many; None if there is no such page.
     source: LoadedPage | None = None
     following: int = 0
@@ -85,8 +83,7 @@ class Held(Protocol):
         """One less needs it."""
 
 
-@dataclass(slots=True)
-class Run:
+class Run(msgspec.Struct):
     """Chunks that lie one behind the other in `view`: file contents in a slab, or catalog chunks (`meta`).
 
     `claimed`: it is known already that all of them are to be stored.
@@ -104,18 +101,17 @@ class Run:
         return 0 if self.slab else len(self.view)
 
 
-@dataclass(slots=True)
-class RawBlock:
+class RawBlock(msgspec.Struct):
     """A block before sealing: parts to be joined, their chunks' refs, and the slabs they lie in.
 
     `packed`: the block as it is to be sealed, coded by `codec`, if it was stored before, whole, here or elsewhere.
     """
 
     meta: bool
-    parts: list[memoryview | bytes] = field(default_factory=list)
-    refs: list[bytes] = field(default_factory=list)
+    parts: list[memoryview | bytes] = msgspec.field(default_factory=list)
+    refs: list[bytes] = msgspec.field(default_factory=list)
     raw_bytes: int = 0
-    slabs: list[Held] = field(default_factory=list)
+    slabs: list[Held] = msgspec.field(default_factory=list)
     packed: memoryview | bytes | None = None
     codec: int = RAW
 

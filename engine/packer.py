@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 
 from coffret.engine.compressor import Compressor
 from coffret.engine.errors import CoffretError
@@ -35,8 +35,7 @@ _AT_ONCE_BYTES = 4 << 20
 _SURE_BYTES = 4 << 20
 
 
-@dataclass(slots=True)
-class Body:
+class Body(msgspec.Struct):
     """A block compressed, waiting for its place; `seen` is the pack it did not fit in."""
 
     block: RawBlock

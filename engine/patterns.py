@@ -18,9 +18,10 @@ newlines in names.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.globs import ANY_DEPTH, parse_components, text_of
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from coffret.engine.globs import Glob
 
 
-@dataclass(slots=True, eq=False)
-class Place:
+class Place(msgspec.Struct, eq=False):
     """A component of a rule, as somewhere that a walk has come to: `glob` is to match the next name.
 
     `onward`: where the walk is then, in the directory of that name; `**` leads to itself and past itself.

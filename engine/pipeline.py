@@ -11,11 +11,11 @@ buffers (uploads + 3, 32 MiB each). A stage acquires room downstream before it p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from coffret.engine.bridge import LoadBridge, Stopped
@@ -53,8 +53,7 @@ _FEW_UPLOADS = 2
 _PAGES_A_STEP = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How much of everything there is at a time; tests set all to their minimum."""
 
     workers: int = WORKERS
@@ -69,7 +68,7 @@ class Limits:
         """With what was left to the storage. Many uploads at a time hold memory, which slabs then do without."""
         uploads = self.uploads or capabilities.parallel_puts
         fewer = min(max(0, uploads - _FEW_UPLOADS), max(0, self.slabs - 2))
-        return replace(self, uploads=uploads, slabs=self.slabs - fewer)
+        return msgspec.structs.replace(self, uploads=uploads, slabs=self.slabs - fewer)
 
     @property
     def pack_buffers(self) -> int:

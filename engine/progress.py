@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,8 +12,7 @@ if TYPE_CHECKING:
     from coffret.engine.flow import ChannelStatistics
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(msgspec.Struct, frozen=True):
     """One path that was dealt with. `path` is absolute, with a leading slash; `status` is one of
     new, changed, unmodified, restored, verified, copied, skipped, damaged."""
 
@@ -21,16 +21,14 @@ class Item:
     size_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """One path, or object of the repository, that could not be dealt with as it should, and why."""
 
     path: bytes
     reason: str
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(msgspec.Struct):
     """Counters of a running operation, to be read at any time, and callbacks for its events.
 
     Totals are None until they are known; `subject` is the short id of the snapshot at work. `new`, `changed` and
@@ -58,8 +56,8 @@ class Progress:
     added_bytes: int = 0
     stored_bytes: int = 0
     errors: int = 0
-    current: dict[int, bytes] = field(default_factory=dict)
-    channels: list[ChannelStatistics] = field(default_factory=list)
+    current: dict[int, bytes] = msgspec.field(default_factory=dict)
+    channels: list[ChannelStatistics] = msgspec.field(default_factory=list)
     on_item: Callable[[Item], None] | None = None
     on_fault: Callable[[Fault], None] | None = None
     on_note: Callable[[str], None] | None = None

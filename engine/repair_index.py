@@ -7,10 +7,10 @@ chunks. Which packs are left alone, and why, is told in docs/format.md, "Repair"
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors.errors import NotFound
@@ -38,8 +38,7 @@ _PACK = re.compile("packs/([0-9a-f]{2})/(?P<id>\\1[0-9a-f]{62})")
 _ATTEMPT = slice(12, 12 + ATTEMPT_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class IndexRepairOptions:
+class IndexRepairOptions(msgspec.Struct, frozen=True):
     """What to do. `all`: name the packs that are named, too. `dry_run`: only tell.
 
     `exclusive`: nobody else is at work, so that packs which an open mark names can be named, too.
@@ -50,8 +49,7 @@ class IndexRepairOptions:
     dry_run: bool = False
 
 
-@dataclass(slots=True)
-class IndexRepairSummary:
+class IndexRepairSummary(msgspec.Struct):
     """What was found and done. `left`: packs that an open mark names; `dropped`: index objects that can't be read.
 
     `renewed`: records of maintenance that is over, which could not be read.
@@ -61,9 +59,9 @@ class IndexRepairSummary:
     indexed: int = 0
     chunks: int = 0
     left: int = 0
-    damaged_packs: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    renewed: list[str] = field(default_factory=list)
+    damaged_packs: list[str] = msgspec.field(default_factory=list)
+    dropped: list[str] = msgspec.field(default_factory=list)
+    renewed: list[str] = msgspec.field(default_factory=list)
 
 
 class IndexRepair:

@@ -7,7 +7,6 @@ there without their metadata; and each loss is recorded in it as a fault. What i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -45,8 +44,7 @@ _MAX_FAULTS = 10_000
 _IDS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Repaired:
+class Repaired(msgspec.Struct, frozen=True):
     """A snapshot that was made of a damaged one, and how much of that is lost: files, and parts of the catalog."""
 
     snapshot: Snapshot

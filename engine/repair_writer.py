@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 
 from coffret.engine.dedup import dedup_stage
 from coffret.engine.flow import Channel
@@ -34,7 +34,7 @@ async def chunk_writer(
     """
     connector = repository.connector
     # There is little to store: as many uploads as to a local disk.
-    limits = replace(Limits(), uploads=min(2, connector.capabilities.parallel_puts))
+    limits = msgspec.structs.replace(Limits(), uploads=min(2, connector.capabilities.parallel_puts))
     storing = Storing(
         connector=connector,
         sealer=repository.sealer,

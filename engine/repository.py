@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors.registry import Transfers
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from coffret.engine.stream import StreamSource
 
 
-@dataclass(frozen=True, slots=True)
-class OpenOptions:
+class OpenOptions(msgspec.Struct, frozen=True):
     """How to reach a repository, and where this machine keeps what it knows of it.
 
     `connector`: options of the storage; `transfers`: how it is used. `cache_dir` and `state_dir` default to the user's
@@ -50,8 +49,8 @@ class OpenOptions:
     `derivation`: of the repository's keys, begun already.
     """
 
-    connector: Mapping[str, str] = field(default_factory=dict)
-    transfers: Transfers = field(default_factory=Transfers)
+    connector: Mapping[str, str] = msgspec.field(default_factory=dict)
+    transfers: Transfers = msgspec.field(default_factory=Transfers)
     cache_dir: Path | None = None
     state_dir: Path | None = None
     use_cache: bool = True
@@ -61,7 +60,7 @@ class OpenOptions:
     passphrase_at_hand: bool = False
     derivation: Derivation | None = None
     #: What was asked of each storage that was opened with these options, by location and method.
-    calls: dict[str, Mapping[str, Calls]] = field(default_factory=dict)
+    calls: dict[str, Mapping[str, Calls]] = msgspec.field(default_factory=dict)
 
 
 class Repository:

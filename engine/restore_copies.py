@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from coffret.engine.errors import ChunkMissing
 
@@ -30,8 +31,7 @@ class Failed(NamedTuple):
     reason: str
 
 
-@dataclass(slots=True, eq=False)
-class Part:
+class Part(msgspec.Struct, eq=False):
     """One chunk of a large file to be written: where, and where it was sought until now."""
 
     large: LargeFile
@@ -41,7 +41,7 @@ class Part:
     chunk_id: bytes
     chunk_bytes: int
     reason: str
-    tried: set[Spot] = field(default_factory=set)
+    tried: set[Spot] = msgspec.field(default_factory=set)
 
 
 class Copies:

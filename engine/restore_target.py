@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.errors import TargetError
 from coffret.engine.metadata import drop_acls, inherits
@@ -22,8 +23,7 @@ _NOTHING = {b"lost+found"}
 ELSEWHERE = "choose another --to DIR"
 
 
-@dataclass(slots=True)
-class Target:
+class Target(msgspec.Struct):
     """An open directory. `occupied`: the names in it; `made_mode`: if it was made for this, the mode it is to have;
     `wary`: what is in it, or it itself, may hand down ACLs."""
 

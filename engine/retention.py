@@ -9,10 +9,11 @@ now. What one rule keeps is kept. Hours, days, weeks (from Monday), months and y
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from time import time_ns
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.errors import UsageError
 
@@ -30,8 +31,7 @@ _DURATION = re.compile(r"(?:(\d{1,6})y)?(?:(\d{1,6})m)?(?:(\d{1,6})d)?(?:(\d{1,6
 Group = tuple[tuple[str, tuple[str | bytes, ...]], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Duration:
+class Duration(msgspec.Struct, frozen=True):
     """A time as people mean it: a month is as long as the month that it leads to."""
 
     years: int = 0
@@ -70,8 +70,7 @@ def parse_duration(text: str) -> Duration:
     return Duration(*(int(number or 0) for number in found.groups()))
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """How many to keep by each rule, or UNLIMITED; `tags`: keep what has all tags of one of these sets."""
 
     last: int = 0
@@ -80,7 +79,7 @@ class Policy:
     weekly: int = 0
     monthly: int = 0
     yearly: int = 0
-    within: Duration = field(default_factory=Duration)
+    within: Duration = msgspec.field(default_factory=Duration)
     tags: tuple[frozenset[str], ...] = ()
 
     @property
@@ -89,8 +88,7 @@ class Policy:
         return self == Policy()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What is to become of a snapshot: it is kept for these reasons, and goes if there is none."""
 
     snapshot: Snapshot
@@ -102,8 +100,7 @@ class Decision:
         return bool(self.reasons)
 
 
-@dataclass(slots=True)
-class _Rule:
+class _Rule(msgspec.Struct):
     """One of the rules that count: how many are left, and the period of the one that was kept last."""
 
     name: str
@@ -132,7 +129,7 @@ _PERIODS: Mapping[str, Callable[[datetime, int], object]] = {
     "monthly": lambda time, number: (time.year, time.month),
     "yearly": lambda time, number: time.year,
 }
-assert [*_PERIODS] == [each.name for each in fields(Policy)][: len(_PERIODS)]
+assert [*_PERIODS] == [*Policy.__struct_fields__][: len(_PERIODS)]
 
 
 def decide(

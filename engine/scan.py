@@ -10,8 +10,9 @@ import contextlib
 import os
 import stat
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine._read import file_system_type
 from coffret.engine._scan import Directory, EntryLoop, ReadAhead
@@ -39,8 +40,7 @@ _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, slots=True)
-class ScanOptions:
+class ScanOptions(msgspec.Struct, frozen=True):
     """What to leave out and what to trust.
 
     `skip`, `skip_files`: (device, inode) of directories, and of files, left out. `verbose`: tell what happened to each

@@ -8,8 +8,8 @@ hold an xxh3-128 checksum, which finds damage, not malice.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
+import msgspec
 import xxhash
 import zstandard
 from cryptography.exceptions import InvalidTag
@@ -32,13 +32,15 @@ RAW, ZSTD = 0, 1
 MAX_OBJECT_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Secrets:
+class Secrets(msgspec.Struct, frozen=True):
     """The keys of a repository, 32 bytes each; `data_key` is empty where there is no encryption."""
 
     data_key: bytes
     id_key: bytes
     chunker_key: bytes
+
+    def __repr__(self) -> str:
+        return "Secrets"  # keys never reach a log or a traceback
 
 
 class BlockCipher:

@@ -11,9 +11,9 @@ The *state* of a repository is a hash of the ids of its snapshots, to be compare
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -43,16 +43,14 @@ _CONTEXT = "coffret 2026 state of a repository"
 Pair = tuple[bytes, bytes]
 
 
-@dataclass(slots=True)
-class Seen:
+class Seen(msgspec.Struct):
     """Snapshots that were there when they were looked at last, and those of them that were removed since."""
 
-    live: set[Pair] = field(default_factory=set)
-    removed: set[Pair] = field(default_factory=set)
+    live: set[Pair] = msgspec.field(default_factory=set)
+    removed: set[Pair] = msgspec.field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
-class Rollback:
+class Rollback(msgspec.Struct, frozen=True):
     """What a storage does not show any more. `gone`: ids of snapshots, `back`: of such that had been removed."""
 
     gone: tuple[str, ...] = ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.catalog_reader import clean_path
 from coffret.engine.snapshot import find_snapshot
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from coffret.engine.snapshot import Commits, Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True):
     """Which snapshots are meant: those that pass every filter given, and, if any are `named`, only these.
 
     `named`: ids, prefixes, or `latest`. `tags`, `hosts` and `paths`: one of each is enough; a path is one of the
@@ -53,7 +53,7 @@ class Selection:
         if elsewhere is None or (name == "latest" and commits.snapshots):
             return find_snapshot(commits, name).id
         both = {each.id: each for each in (*elsewhere.snapshots, *commits.snapshots)}
-        return find_snapshot(replace(elsewhere, snapshots=list(both.values())), name).id
+        return find_snapshot(msgspec.structs.replace(elsewhere, snapshots=list(both.values())), name).id
 
     def _passes(self, snapshot: Snapshot) -> bool:
         header = snapshot.header

@@ -6,7 +6,6 @@ import os
 import pwd
 import re
 import time
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,8 +47,7 @@ class NoSuchSnapshot(CoffretError):
     remedy = "see `coffret at REPO ls` for the snapshots there are"
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """A committed snapshot: its header and the attempt that committed it.
 
     In a listing the header is without its faults, which may be many: `load_whole` has them. So it has `unknown`, the
@@ -58,7 +56,7 @@ class Snapshot:
 
     attempt: bytes
     header: SnapshotHeader
-    unknown: dict[str, object] = field(default_factory=dict)
+    unknown: dict[str, object] = msgspec.field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -71,8 +69,7 @@ class Snapshot:
         return self.id[:SHORT_ID_DIGITS]
 
 
-@dataclass(frozen=True, slots=True)
-class Commits:
+class Commits(msgspec.Struct, frozen=True):
     """What stands in snapshots/: snapshots by time, the names of attempts that ended, and objects that are damaged.
 
     An attempt whose end is damaged counts as one that has not ended: what its index objects say can be read, and a
@@ -88,7 +85,7 @@ class Commits:
     revoked: frozenset[str]
     damaged: list[tuple[str, str]]
     doubtful: tuple[str, ...] = ()
-    attempts: Mapping[bytes, tuple[bytes, ...]] = field(default_factory=dict)
+    attempts: Mapping[bytes, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
     removed: frozenset[str] = frozenset()
     gone: frozenset[str] = frozenset()
     hidden: tuple[Snapshot, ...] = ()
@@ -188,7 +185,7 @@ async def load_commits(
                 data = fetched[name] = await _read_end(connector, info)
                 snapshot = _open(sealer, name, data)
             if isinstance(snapshot, Snapshot):
-                snapshot = replace(snapshot, header=msgspec.structs.replace(snapshot.header, faults=[]))
+                snapshot = msgspec.structs.replace(snapshot, header=msgspec.structs.replace(snapshot.header, faults=[]))
             opened[name] = info.size_bytes, snapshot
             if isinstance(snapshot, End):
                 if snapshot.outcome != "swept":

@@ -15,10 +15,10 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -49,8 +49,7 @@ _SILENCE_S = 10.0
 _PATIENCE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class StreamSource:
+class StreamSource(msgspec.Struct, frozen=True):
     """Where a stream comes from, `command` or else standard input, and the name its file gets at the root."""
 
     name: bytes

@@ -9,7 +9,6 @@ What a snapshot that is listed in the target holds already need not be looked at
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -47,15 +46,14 @@ _PAGES, _NODES, _LISTS, _TOGETHER_BYTES = 32, 4, 16, 4 << 20
 PAGE = 0
 
 
-@dataclass(slots=True)
-class _Window:
+class _Window(msgspec.Struct):
     """Chunks wanted, by id, with their lengths; and the containers that name them, those below others first.
 
     A container is known by its key; it has a level (see `container_key`), refs and a payload.
     """
 
-    chunks: dict[bytes, int] = field(default_factory=dict)
-    containers: dict[bytes, tuple[int, bytes, bytes]] = field(default_factory=dict)
+    chunks: dict[bytes, int] = msgspec.field(default_factory=dict)
+    containers: dict[bytes, tuple[int, bytes, bytes]] = msgspec.field(default_factory=dict)
     size_bytes: int = 0
 
     @property

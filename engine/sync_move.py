@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import threading
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 import zstandard
 from anyio import to_thread
 from blake3 import blake3
@@ -58,12 +58,11 @@ _NOTED = 256
 _FEW_UPLOADS = 2
 
 
-@dataclass(slots=True)
-class _Wanted:
+class _Wanted(msgspec.Struct):
     """A block, and the chunks of it that are wanted: by their place in it, (id in the source, length)."""
 
     location: Location
-    chunks: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    chunks: dict[int, tuple[bytes, int]] = msgspec.field(default_factory=dict)
 
     def in_order(self) -> list[tuple[int, bytes, int]]:
         """(place, id, length) of the chunks, in their order in the block."""
@@ -80,8 +79,7 @@ class _Wanted:
         return at == self.location.raw_bytes
 
 
-@dataclass(slots=True)
-class _Opened:
+class _Opened(msgspec.Struct):
     """What came of a block: the target's refs of the wanted chunks, in order; and the block packed, or their bytes."""
 
     block: _Wanted
@@ -148,7 +146,7 @@ class Mover:
             attempt=attempt,
             index=index,
             level=level,
-            limits=replace(limits, blocks=2 * limits.blocks),  # two send: those who open, and dedup
+            limits=msgspec.structs.replace(limits, blocks=2 * limits.blocks),  # two send: those who open, and dedup
             kept=target.kept,
             progress=progress,
         )

@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from tests.tree_state import remove_tree
 
@@ -230,13 +231,12 @@ def _may_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
-@dataclass(slots=True)
 class Recorder(Progress):
     """A Progress that remembers faults by path, items by path, and notes."""
 
-    faults: dict[bytes, str] = field(default_factory=dict)
-    items: dict[bytes, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    faults: dict[bytes, str] = msgspec.field(default_factory=dict)
+    items: dict[bytes, str] = msgspec.field(default_factory=dict)
+    notes: list[str] = msgspec.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.on_fault, self.on_item, self.on_note = self._take_fault, self._take_item, self.notes.append

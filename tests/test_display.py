@@ -6,12 +6,12 @@ import base64
 import os
 import re
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.cells import cell_len
 from tests import terminal
 from tests.harness import ROOT, Program, Recorder, repository

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def in_memory(name: str) -> int:
         elif words[0] == "Rss:" and name in current:
             found += int(words[1]) << 10
     return found
+
+
+def blocked_in(process: int) -> int:
+    """The signals a process has blocked, a bit each."""
+    [mask] = re.findall(r"^SigBlk:\s+(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return int(mask, 16)
 
 
 @pytest.mark.parametrize("inherited", [None, "", ".", "lib:", ":lib"])
@@ -131,8 +138,7 @@ async def test_what_ends_a_program_is_not_for_its_workers() -> None:
     async with pool() as workers:
         workers.start(HELLO)
         for worker in workers.workers:
-            status = Path(f"/proc/{worker.process.pid}/status").read_text()
-            [blocked] = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:"))
+            blocked = blocked_in(worker.process.pid)
             assert all(blocked & 1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
             assert not blocked & 1 << signal.SIGUSR1 - 1
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

@@ -6,9 +6,9 @@ import contextlib
 import os
 import socket
 import time
-from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
+import msgspec
 from anyio import get_cancelled_exc_class
 
 from coffret import __version__
@@ -47,8 +47,7 @@ _ATTEMPTS = 3
 _MAX_FAULTS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
+class BackupOptions(msgspec.Struct, frozen=True):
     """How to back up. `force`: read all files, whatever the parent says. `level`: zstd level, None for none.
 
     `tell_state`: list the snapshots once more in the end, for `BackupSummary.state`.
@@ -64,11 +63,10 @@ class BackupOptions:
     level: int | None = settings.COMPRESSION_LEVELS["default"]
     dry_run: bool = False
     tell_state: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = msgspec.field(default_factory=Limits)
 
 
-@dataclass(frozen=True, slots=True)
-class BackupSummary:
+class BackupSummary(msgspec.Struct, frozen=True):
     """What a backup made: the snapshot, how many faults its source had; the repository's state, if asked for."""
 
     snapshot: Snapshot
@@ -115,7 +113,7 @@ async def backup(
                 progress.note("not all that was stored is there any more: everything is read again")
             elif isinstance(cause, Damaged) and work.parent is not None:
                 progress.note(f"the last snapshot can't be read, so all files are: {cause}")
-                options = replace(options, force=True)
+                options = msgspec.structs.replace(options, force=True)
                 if isinstance(cause, ChunkMissing):
                     bad_packs.update([cause.pack] if cause.pack else [])
                     with contextlib.suppress(CoffretError):  # the next run would only not be warned
@@ -128,9 +126,11 @@ async def backup(
 
 def _begin_anew(progress: Progress) -> None:
     """What an attempt counted that comes to nothing is counted again by the next: counters and totals begin anew."""
-    for counter in fields(Progress):
-        if counter.default == 0 or (counter.default is None and counter.name.endswith("_total")):
-            setattr(progress, counter.name, counter.default)
+    fresh = Progress()
+    for name in Progress.__struct_fields__:
+        default = getattr(fresh, name)
+        if default == 0 or (default is None and name.endswith("_total")):
+            setattr(progress, name, default)
 
 
 async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> BackupSummary:
@@ -150,7 +150,7 @@ async def _try(work: _Backup, options: BackupOptions, progress: Progress) -> Bac
             except get_cancelled_exc_class():
                 progress.note(f"snapshot {summary.snapshot.short_id} is made all the same")
                 raise
-            summary = replace(summary, state=state)
+            summary = msgspec.structs.replace(summary, state=state)
         return summary
     raise AssertionError("a task group does not swallow what it did not cancel")
 

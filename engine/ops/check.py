@@ -5,10 +5,10 @@ from __future__ import annotations
 import stat
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -52,8 +52,7 @@ _SHOW_S = 0.2
 _ENTRIES = 512
 
 
-@dataclass(frozen=True, slots=True)
-class CheckOptions:
+class CheckOptions(msgspec.Struct, frozen=True):
     """How deep to look. `fast`: index, catalogs, existence and size of packs; nothing of packs' content.
 
     `subset`: the packs whose content is looked at; None for all. `workers`: how many processes verify packs; None for

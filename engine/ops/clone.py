@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from coffret.connectors.errors import AlreadyExists, ConnectorError, NotFound, NotStorage
@@ -50,8 +50,7 @@ _ELSEWHERE = "choose a new or an empty place"
 _MARK_ENDS = ("", "seen", "done")
 
 
-@dataclass(frozen=True, slots=True)
-class CloneSummary:
+class CloneSummary(msgspec.Struct, frozen=True):
     """What a clone did: objects copied, and their bytes; `kept` were there already; `damaged` could not be copied."""
 
     config: Config

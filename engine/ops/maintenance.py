@@ -12,11 +12,11 @@ import os
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
+import msgspec
 
 from coffret.connectors.errors import NotFound
 from coffret.engine import sealing
@@ -53,19 +53,17 @@ _ROUNDS = 1000
 _LAST_S = 20
 
 
-@dataclass(frozen=True, slots=True)
-class MaintenanceOptions:
+class MaintenanceOptions(msgspec.Struct, frozen=True):
     """How to maintain. `grace_s`: how long after a mark its packs are left alone, by the storage's clock: longer than
     any request can be late. `exclusive`: the user vouches that nobody else works on the repository now."""
 
     grace_s: float = GRACE_S
     exclusive: bool = False
     dry_run: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = msgspec.field(default_factory=Limits)
 
 
-@dataclass(slots=True)
-class MaintenanceSummary:
+class MaintenanceSummary(msgspec.Struct):
     """What was done. Of a dry run: what would be marked, or how many packs are marked already (`open_packs`).
 
     `missing_packs`: how many of those marked were not there any more: the index forgets them. `sweep_in_s`: how long
@@ -84,7 +82,7 @@ class MaintenanceSummary:
     ended_attempts: int = 0
     open_packs: int = 0
     sweep_in_s: float | None = None
-    damaged_packs: list[str] = field(default_factory=list)
+    damaged_packs: list[str] = msgspec.field(default_factory=list)
 
     @property
     def nothing(self) -> bool:

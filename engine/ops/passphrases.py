@@ -8,9 +8,9 @@ accepted, and the next removal deletes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 from anyio import to_thread
 
 from coffret.engine.configuration import config_hash
@@ -30,8 +30,7 @@ _ENOUGH_SLOTS = MAX_SLOTS // 2
 _TRIES = 100
 
 
-@dataclass(frozen=True, slots=True)
-class SlotInfo:
+class SlotInfo(msgspec.Struct, frozen=True):
     """A live slot, for users. `fault`: why it can't be used, or "" if all is well with it."""
 
     slot_id: str

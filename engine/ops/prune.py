@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.errors import CoffretError
 from coffret.engine.ops.rm import remove
@@ -24,8 +25,7 @@ class Refused(CoffretError):
     remedy = "add an option that keeps something, --keep-last 1 say; `coffret at REPO rm` removes what is named"
 
 
-@dataclass(frozen=True, slots=True)
-class PruneOptions:
+class PruneOptions(msgspec.Struct, frozen=True):
     """What to keep, of which snapshots (see `retention.selected`), and how they are grouped."""
 
     policy: Policy

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import enum
 import textwrap
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -68,8 +67,7 @@ class _Content(msgspec.Struct, frozen=True):
     slots: dict[str, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovered(msgspec.Struct, frozen=True):
     """What was put back: the config or not, and the ids of the slots that were missing or damaged."""
 
     repository_id: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from coffret.engine.errors import Damaged, LeaseLost, reported
 from coffret.engine.ops.check import Checking, CheckOptions
@@ -73,8 +74,7 @@ def _go_on(error: Exception, tries_left: int, progress: Progress) -> None:
     progress.note("another process ended this attempt; trying again")
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotRepairOptions:
+class SnapshotRepairOptions(msgspec.Struct, frozen=True):
     """How deep to look. `fast`: go by the index, and by existence and size of packs, and read none.
 
     `forget`: remove the damaged ones, once what is whole in them is in others, and give up what stands in snapshots/
@@ -88,20 +88,19 @@ class SnapshotRepairOptions:
     workers: int | None = None
 
 
-@dataclass(slots=True)
-class SnapshotRepairSummary:
+class SnapshotRepairSummary(msgspec.Struct):
     """What was found and done. `hopeless`: damaged snapshots of which nothing can be read; `removed`: those that were.
 
     Both by id. `unreadable`: names of objects in snapshots/ that can't be read; `given_up`: those that were.
     """
 
     snapshots: int = 0
-    damaged: list[Snapshot] = field(default_factory=list)
-    repaired: list[Repaired] = field(default_factory=list)
-    hopeless: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
+    damaged: list[Snapshot] = msgspec.field(default_factory=list)
+    repaired: list[Repaired] = msgspec.field(default_factory=list)
+    hopeless: list[str] = msgspec.field(default_factory=list)
+    removed: list[str] = msgspec.field(default_factory=list)
+    unreadable: list[str] = msgspec.field(default_factory=list)
+    given_up: list[str] = msgspec.field(default_factory=list)
 
 
 async def repair_snapshots(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from coffret.engine.catalog_reader import Catalog, clean_path, no_such_path
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from coffret.engine.snapshot import Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True):
     """How to restore. `overwrite` is one of `settings.OVERWRITE`.
 
     `owner` None: set owners if root, else skip them with a note.
@@ -45,8 +44,7 @@ class RestoreOptions:
     workers: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreSummary:
+class RestoreSummary(msgspec.Struct, frozen=True):
     """What a restore wrote: files, bytes and faults; `kept`: entries that were there and were left as they are."""
 
     snapshot_id: str

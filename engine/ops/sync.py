@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,7 @@ _ATTEMPTS = 3
 _COUNTERS = ("files", "size_bytes", "read_bytes", "added_bytes", "stored_bytes")
 
 
-@dataclass(frozen=True, slots=True)
-class SyncOptions:
+class SyncOptions(msgspec.Struct, frozen=True):
     """How to copy. `level`: zstd level for what has to be compressed, None for none; `repack`: compress all anew.
 
     `on_copied` is called for each snapshot that was copied. `back`: ids of snapshots that were removed from the target,
@@ -52,23 +50,21 @@ class SyncOptions:
 
     level: int | None = settings.COMPRESSION_LEVELS["default"]
     repack: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = msgspec.field(default_factory=Limits)
     on_copied: Callable[[Snapshot], None] | None = None
     back: frozenset[str] = frozenset()
     shared: Sequence[Snapshot] = ()
 
 
-@dataclass(slots=True)
-class SyncSummary:
+class SyncSummary(msgspec.Struct):
     """What a sync did: the snapshots that the target has now, and those that are damaged in the source."""
 
-    copied: list[Snapshot] = field(default_factory=list)
-    damaged: list[Snapshot] = field(default_factory=list)
+    copied: list[Snapshot] = msgspec.field(default_factory=list)
+    damaged: list[Snapshot] = msgspec.field(default_factory=list)
     duration_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Lacking:
+class Lacking(msgspec.Struct, frozen=True):
     """Snapshots that a target lacks, by time; and those that were removed there, and are not to come back unasked.
 
     `back`: ids of those that were removed and are to come back. `shared`: what was asked for and is there.

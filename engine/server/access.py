@@ -8,10 +8,10 @@ slot or a config would open the repository, or close it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 from anyio import to_thread
 from blake3 import blake3
 
@@ -59,8 +59,7 @@ def max_bytes(name: str) -> int:
     return _MAX_BYTES.get(name.partition("/")[0], _MAX_LEASE_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class Addition:
+class Addition(msgspec.Struct, frozen=True):
     """An object that an append-only token may perhaps add: its name, the folder, and whose attempt it is of ("")."""
 
     name: str

@@ -10,10 +10,10 @@ import json
 import re
 import time
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 from aiohttp import HttpVersion11, web
 
 from coffret.connectors import httpwire
@@ -50,8 +50,7 @@ _LOCAL_HOST = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})
 _ANYONE = Token("", "", FULL, "", "")
 
 
-@dataclass(slots=True)
-class Exchange:
+class Exchange(msgspec.Struct):
     """A request and what came of it. `token_id`: "" if it showed no good one; bytes are those of objects."""
 
     method: str

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import anyio
+import msgspec
 
 _ADDRESSES = 4096
 # Wrong tokens from one address: so many at once, and one more every few seconds.
 _TRIES, _TRY_EVERY_S = 10, 6.0
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """Sizes in bytes, times in seconds."""
 
     #: Bodies and answers in flight, over all requests together; the largest object there can be needs 256 MiB.

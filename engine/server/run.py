@@ -10,10 +10,10 @@ import re
 import socket
 import ssl
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 
 from coffret.connectors.httpwire import DEFAULT_PORT
 from coffret.engine.errors import CoffretError, UsageError
@@ -37,8 +37,7 @@ _HANDSHAKE_S = 15.0
 _RENEWED_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """Where to listen: a host, by name or address, its addresses, and a port (0: any that is free)."""
 
     host: str
@@ -51,8 +50,7 @@ class Address:
         return all(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in self.addresses)
 
 
-@dataclass(slots=True)
-class Settings:
+class Settings(msgspec.Struct):
     """How to serve. `tokens`: None if nobody needs one. `certificate`: PEM files of the chain and of its key.
 
     `stop` is set by whoever wants it to end. `on_ready` is told the URLs, `on_note`, `on_exchange` and
@@ -67,7 +65,7 @@ class Settings:
     on_note: Callable[[str], None]
     on_exchange: Callable[[Exchange], None] | None = None
     certificate: tuple[str, str] | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = msgspec.field(default_factory=Limits)
     pace: Pace | None = None
 
 

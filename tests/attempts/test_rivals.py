@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from msgspec.structs import replace
 from tests.attempts.storage import ONE_WORKER, Storage, restores
 from tests.harness import Recorder
 

@@ -104,7 +104,7 @@ def test_each_snapshot_is_decided_about_once(found: list[Snapshot], policy: Poli
 def test_more_keeps_more(found: list[Snapshot], policy: Policy, other: Policy) -> None:
     larger = Policy(
         **{name: more(getattr(policy, name), getattr(other, name)) for name in COUNTED},
-        within=Duration(*(getattr(policy.within, n) + getattr(other.within, n) for n in Duration.__slots__)),
+        within=Duration(*(getattr(policy.within, n) + getattr(other.within, n) for n in Duration.__struct_fields__)),
         tags=policy.tags + other.tags,
     )
     assert kept(found, policy) <= kept(found, larger)

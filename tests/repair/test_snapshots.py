@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 from tests import fault_harness
 from tests.attempts.storage import ONE_WORKER
 from tests.fault_harness import contents, make_source, objects, put_in_place

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from msgspec.structs import replace
 from tests.connectors.stores import files
 from tests.server import sealed
 from tests.server.conftest import make_folder

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from tests.fault_harness import make_source
 from tests.harness import needs_root
 from tests.hostile_tree import make_hostile_tree
