@@ -225,6 +225,30 @@ async def test_a_merge_that_is_cancelled(tmp_path: Path) -> None:
             await agrees(mirror, truth)
 
 
+async def test_what_is_not_to_be_believed_any_more_outlives_a_power_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only adds may be lost with the manifest's new name; a doubt, or a pack known to be bad, may not."""
+    folder, named, flushed = tmp_path / "m", b"", []
+    flush = os.fsync
+
+    def flushing(fd: int) -> None:
+        flush(fd)
+        if os.path.samestat(os.fstat(fd), folder.stat()):
+            flushed.append((folder / "manifest").read_bytes())
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    async with await Mirror.open(folder, REPOSITORY) as mirror:
+        await refresh(mirror, {name(1): index({"1": [1]})})
+        assert not flushed
+        for change in (mirror.doubt, lambda: mirror.judge(frozenset({b"p" * 32}), frozenset())):
+            await change()
+            assert (folder / "manifest").read_bytes() not in (named, *flushed[:-1])
+            named = flushed[-1]
+            assert named == (folder / "manifest").read_bytes()
+    assert len(flushed) == 2
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for 1 MiB."""
