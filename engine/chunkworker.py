@@ -1,9 +1,9 @@
 """A worker of the chunk pool: opens, reads, cuts and hashes files into slabs of shared memory.
 
 `python -m coffret.engine.chunkworker SOCKET MEMORY NUMBER SLABS SLAB_BYTES`, started by `chunkpool`. It imports
-next to nothing, so that it is there soon and small: with `typing`, `contextlib` and `signal` it takes twice as long.
-Messages on the socket are frames of marshal: both ends are the same interpreter. The first frame, of keys and
-parameters, never stands on a command line.
+next to nothing, so that it is there soon and small: with `typing`, `contextlib` and `signal` it would take half as
+long again. Messages on the socket are frames of marshal: both ends are the same interpreter. The first frame, of keys
+and parameters, never stands on a command line.
 
     to the worker     ("keys", id_key, chunker, chunker_key, slabs)   ("batch", job, paths)   ("file", job, path)
                       ("free", slab)

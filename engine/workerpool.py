@@ -41,7 +41,7 @@ _READ = 1 << 18
 # anew was 18 % of a restore (glibc, mallopt(3); other C libraries do not look).
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 # What a worker imports beside the standard library.
-_PACKAGES = ("coffret", "blake3", "cryptography", "msgspec", "xxhash", "zstandard")
+_PACKAGES = ("coffret", "blake3", "cryptography", "_cffi_backend", "msgspec", "xxhash", "zstandard")
 # What ends a program is the parent's to handle: a Ctrl-C, a closed terminal and a service's end go to all of its group.
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How long a worker that was told to end may take, and one that was killed (seconds).
@@ -144,12 +144,13 @@ class WorkerPool:
             os.ftruncate(memory, self._slabs * self.slab_bytes)
             self._memory = mmap.mmap(memory, self._slabs * self.slab_bytes)
             # What is blocked here is blocked there, from the first instruction on and for ever.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
                 for number in range(self._count):
                     self.workers.append(self._spawn(memory, number))
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         finally:
             os.close(memory)
 
@@ -260,7 +261,8 @@ def _search_path() -> str:
 
     Whatever else this process has on its path is not the worker's.
     """
-    folders = {str(Path(os.__file__).parent): None}
+    library = Path(os.__file__).parent
+    folders = {str(library): None, str(library / "lib-dynload"): None}
     for name in _PACKAGES:
         spec = find_spec(name)
         if spec is not None and spec.origin:

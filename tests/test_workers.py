@@ -112,6 +112,31 @@ def test_the_search_path_is_absolute_and_no_longer_than_needed(monkeypatch: pyte
     subprocess.run([sys.executable, "-P", "-S", "-c", code], cwd="/", env=variables, check=True)
 
 
+def test_a_worker_is_told_of_every_package_it_imports() -> None:
+    """Each may lie in a folder of its own: what is missing would be found in this environment and in no other."""
+    code = """if True:
+        import sys
+        import coffret.engine.openworker, coffret.engine.chunkworker
+        print(*{name.partition(".")[0] for name, module in sys.modules.items() if getattr(module, "__file__", None)})
+    """
+    variables = {"PYTHONPATH": workerpool._search_path()}
+    command = [sys.executable, "-P", "-S", "-c", code]
+    found = subprocess.run(command, cwd="/", env=variables, check=True, capture_output=True, text=True).stdout.split()
+    optional = {"typing_extensions"}  # of msgspec, which does without
+    assert {*found} - sys.stdlib_module_names - optional <= {*workerpool._PACKAGES}
+    assert "_cffi_backend" in found
+
+
+@pytest.mark.parametrize("name", ["mmap", "struct", "_struct", "marshal", "typing"])
+def test_nothing_takes_the_place_of_the_standard_library(tmp_path: Path, name: str) -> None:
+    """What pip has put beside the packages may have any name."""
+    (tmp_path / f"{name}.py").write_text("raise SystemError('not what was meant')\n")
+    library, compiled, *packages = workerpool._search_path().split(os.pathsep)
+    variables = {"PYTHONPATH": os.pathsep.join([library, compiled, str(tmp_path), *packages])}
+    code = "import coffret.engine.openworker, coffret.engine.chunkworker"
+    subprocess.run([sys.executable, "-P", "-S", "-c", code], cwd="/", env=variables, check=True)
+
+
 def test_a_child_gets_no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("COFFRET_PASSPHRASE", "COFFRET_NEW_PASSPHRASE_FILE", "COFFRET_PEER_PASSPHRASE_COMMAND"):
         monkeypatch.setenv(name, "secret")
