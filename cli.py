@@ -40,7 +40,8 @@ def main() -> NoReturn:
         _forget_output()
         code = _FAILED
     except (MemoryError, ImportError, SystemError) as error:
-        signs = ("failed to map segment", "return without exception set")  # as in `engine/errors.py`
+        # As in `engine/errors.py`, for which there may be no memory.
+        signs = ("failed to map segment", "return without exception set", "without setting an exception")
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
             raise
         _write(2, "coffret: not enough memory (end other programs, or raise the limit: ulimit -v)")

@@ -32,9 +32,10 @@ _REMEDIES = {
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What helps where a token of `coffret server` is for less than what was asked.
 OTHER_TOKEN = "use a token that gives the right to it, or run the command where the server runs"
-# How a RuntimeError of `threading`, an ImportError of the dynamic loader and a SystemError of an import say it: the
-# interpreter reads and makes code in places that return without a MemoryError.
-_NO_MEMORY = ("can't start new thread", "failed to map segment", "return without exception set")
+# How a RuntimeError of `threading` and an ImportError of the dynamic loader say it.
+_NO_MEMORY = ("can't start new thread", "failed to map segment")
+# How an import says it: the interpreter reads and makes code in places that fail without raising a MemoryError.
+_NOTHING_SAID = ("return without exception set", "without setting an exception")
 
 
 class CoffretError(Exception):
@@ -168,12 +169,18 @@ def _translated(error: BaseException) -> CoffretError | None:
     if isinstance(error, connector_errors.ConnectorError):
         number = getattr(error.__cause__, "errno", 0)
         return StorageError(str(error), remedy=_REMEDIES.get(number, "check the storage and run the command again"))
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+    if _lacks_memory(error):
         return CoffretError("not enough memory", remedy=_REMEDIES[errno.ENOMEM])
     known = _refused(error) if isinstance(error, OSError) else None
     if known is None and error.__cause__ is not None:
         return _translated(error.__cause__)
     return known
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an error says, in whatever way, that there is not enough memory."""
+    signs = _NOTHING_SAID if isinstance(error, SystemError) else _NO_MEMORY
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _refused(error: OSError) -> CoffretError | None:

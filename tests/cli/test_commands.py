@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import pytest
 from tests import terminal
 from tests.cli.sources import SNAPSHOT, make_source
 from tests.harness import ROOT, Program, interpreter
+
+from coffret.engine.errors import reported
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,6 +192,26 @@ class TestExitCodes:
         for command in (["version"], ["ls"]):
             [line] = shut(*command, code=1).stderr.splitlines()
             assert line.startswith("coffret: standard output can't be written: Bad file descriptor (")
+
+    @pytest.mark.parametrize(
+        "raised",
+        [
+            "MemoryError()",
+            "ImportError('libz.so: failed to map segment from shared object')",
+            "SystemError('error return without exception set')",
+            "SystemError('<function _find_and_load at 0x7f> returned NULL without setting an exception')",
+        ],
+    )
+    def test_all_ways_to_say_that_there_is_no_memory(self, raised: str) -> None:
+        """While the program is imported, and while a command is at work."""
+        known = reported(eval(raised))
+        assert known is not None
+        assert str(known) == "not enough memory"
+        code = f"from coffret import cli\ndef run(arguments): raise {raised}\ncli.run = run\ncli.main()"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("coffret: not enough memory (")
+        assert reported(ValueError("without setting an exception")) is None
 
     @pytest.mark.parametrize(
         ("limit", "says"),
