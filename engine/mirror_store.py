@@ -24,7 +24,7 @@ import xxhash
 from coffret.engine.errors import CoffretError, OutOfSpace
 from coffret.engine.mirror_fold import FreshRuns, fold, runs_to_fold
 from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
-from coffret.engine.state import make_private
+from coffret.engine.state import flush_names, make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
@@ -171,7 +171,7 @@ class Store:
         with reported(self.folder):
             lock = yield from self._lock()
             try:
-                self._publish(_doubted(self.load()[0]), set(), for_good=True)
+                self._publish(_doubted(self.load()[0]), set(), durable=True)
             finally:
                 os.close(lock)
 
@@ -198,7 +198,7 @@ class Store:
                 judged = sorted((bad | set(manifest.bad)) - good)[:_MAX_BAD]
                 if judged != manifest.bad:
                     manifest = msgspec.structs.replace(manifest, bad=judged)
-                    self._publish(manifest, set(), for_good=True)
+                    self._publish(manifest, set(), durable=True)
                 return manifest
             finally:
                 os.close(lock)
@@ -230,11 +230,11 @@ class Store:
     def _largest_first(self) -> list[Run]:
         return sorted(self._runs.values(), key=lambda run: -run.info.rows)
 
-    def _publish(self, manifest: Manifest, new: set[bytes], *, for_good: bool = False) -> None:
+    def _publish(self, manifest: Manifest, new: set[bytes], *, durable: bool = False) -> None:
         """Make the new runs durable, then the manifest; then remove files that nobody names.
 
-        After a power loss there may be the manifest before, unless this one is `for_good`: what that one lacks is found
-        out anew, but for what is not to be believed any more.
+        After a power loss the manifest may be the one before, unless this one is `durable`. Most changes are found out
+        anew then; that something is not to be believed any more is not.
         """
         for info in manifest.runs:
             if info.token in new:
@@ -247,8 +247,8 @@ class Store:
             file.flush()
             os.fdatasync(file.fileno())
         draft.rename(self.folder / _MANIFEST)
-        if for_good:
-            _sync(self.folder)
+        if durable:
+            flush_names(self.folder)
         self._known = (data, manifest)
         kept = {info.file_name for info in manifest.runs}
         for path in self.folder.glob("*.run"):
@@ -312,7 +312,7 @@ def _private(path: str, flags: int) -> int:
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        os.fdatasync(file)
     finally:
         os.close(file)
 

@@ -247,8 +247,16 @@ def replace_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(descriptor)
     fresh.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flush_names(path.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system knows how: some network mounts do not, nor need to."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -243,6 +243,7 @@ async def test_what_is_not_to_be_believed_any_more_outlives_a_power_loss(
         assert not flushed
         for change in (mirror.doubt, lambda: mirror.judge(frozenset({b"p" * 32}), frozenset())):
             await change()
+            assert flushed
             assert (folder / "manifest").read_bytes() not in (named, *flushed[:-1])
             named = flushed[-1]
             assert named == (folder / "manifest").read_bytes()
