@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Counts the changes of what is generated here: a data set is built anew when it is of another.
+GENERATOR = 2
 _STEP_BYTES = 1 << 20
 _SYLLABLES = [first + second for first in "bcdfghklmnprstvw" for second in "aeiou"]
 _MARKS = ["(", ")", ":", " = ", ", ", ".", "[", "]", " + ", "    ", "self.", "return ", "if ", "for ", " in ", '"', "_"]
 # One of four draws is a run of up to 16 lines from a fixed stock, the others are a line made afresh. So zstd level 1
-# takes as long for it as for source trees, and makes it as small: 343 MB/s and a ratio of 4.2, where crates have 366
-# and 4.4, /usr/include 346 and 4.0, Go modules 375 and 2.9, in one run. Single lines of the stock took it 40 % longer.
+# takes as long for it as for source trees, and makes it as small, in blocks of a MiB: 343 MB/s and a ratio of 4.2; in
+# the same run crates had 366 and 4.4, /usr/include 346 and 4.0, Go modules 375 and 2.9. Drawing single lines took it
+# 40 % longer.
 _STOCK_LINES, _STOCK_SHARE, _STOCK_RUN = 4_000, 0.25, 16
 
 

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from bench.content import SourceText, random_blocks
+from bench.content import GENERATOR, SourceText, random_blocks
 from bench.trees import Tally, TreeCopier, units
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Dataset(msgspec.Struct, frozen=True):
     size_bytes: int
     unique_bytes: int
     real: bool
+    generator: int = 1
 
     @property
     def path(self) -> Path:
@@ -94,7 +95,7 @@ def default_folder() -> Path:
 
 
 def load(name: str, folder: Path, *, scale: float = 1.0, seed: int = DEFAULT_SEED) -> Dataset:
-    """The data set, built now if it is not there yet.
+    """The data set, built now if it is not there yet, or is of another `GENERATOR`.
 
     :raises KeyError: if there is no data set of this name
     """
@@ -102,14 +103,16 @@ def load(name: str, folder: Path, *, scale: float = 1.0, seed: int = DEFAULT_SEE
     place = folder / "data" / _folder_name(name, scale, seed)
     manifest = place / "manifest.json"
     if manifest.exists():
-        return msgspec.json.decode(manifest.read_bytes(), type=Dataset)
+        found = msgspec.json.decode(manifest.read_bytes(), type=Dataset)
+        if found.generator == GENERATOR:
+            return found
     shutil.rmtree(place, ignore_errors=True)
     tree = place / "tree"
     tree.mkdir(parents=True)
     real = scale >= _REAL_FROM_SCALE
     tally = build(tree, scale, f"{name} {seed}", real)
     counts = (tally.files, tally.directories, tally.size_bytes, tally.unique_bytes)
-    dataset = Dataset(name, str(tree), seed, scale, *counts, real and name != "million")
+    dataset = Dataset(name, str(tree), seed, scale, *counts, real and name != "million", GENERATOR)
     manifest.write_bytes(msgspec.json.encode(dataset))
     return dataset
 
