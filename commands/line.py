@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import msgspec
-
 if TYPE_CHECKING:
     import click
 
@@ -100,15 +98,13 @@ class LineError(Exception):
     command = ""
 
 
-class Globals(msgspec.Struct):
-    """The global options, and the repository they go with: "" if the line names none."""
+class Globals:
+    """The global options, and the repository they go with: "" if the line names none.
 
-    repository: str = ""
-    quiet: bool = False
-    verbose: bool = False
-    json: bool = False
-    no_cache: bool = False
-    insecure: bool = False
+    No record as others are: help and wrong lines are answered before what that takes is imported.
+    """
+
+    quiet = verbose = json = no_cache = insecure = False
     connections: int | None = None
     limit_upload: str | None = None
     limit_download: str | None = None
@@ -116,7 +112,9 @@ class Globals(msgspec.Struct):
     cache_dir: str | None = None
     expect_id: str | None = None
     expect_state: str | None = None
-    options: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def __init__(self, repository: str = "", options: Mapping[str, str] | None = None) -> None:
+        self.repository, self.options = repository, dict(options or {})
 
     @property
     def location(self) -> str:

@@ -81,6 +81,12 @@ class Login(msgspec.Struct):
     tried: list[str] = msgspec.field(default_factory=list)
     key_refusal: str = ""
 
+    def __repr__(self) -> str:
+        return f"Login({self.address})"  # passwords never reach a log or a traceback
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("address", self.address)]
+
     async def connect(self) -> asyncssh.SSHClientConnection:
         """Open a connection.
 

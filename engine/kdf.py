@@ -47,6 +47,9 @@ class DerivedKeys(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return "DerivedKeys"  # keys never reach a log or a traceback
 
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return []
+
 
 #: The most that a slot may ask for.
 CEILING = Cost(settings.ARGON2_MAX_MEMORY_KIB, settings.ARGON2_MAX_PASSES, settings.ARGON2_MAX_LANES)

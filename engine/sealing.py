@@ -42,6 +42,9 @@ class Secrets(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return "Secrets"  # keys never reach a log or a traceback
 
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return []
+
 
 class BlockCipher:
     """Seals and opens the parts of one object (one salt). Calls release the GIL and may run in any thread.

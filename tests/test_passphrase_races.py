@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import re
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.key_samples import CONFIG, FOREIGN, FOREIGN_ID, IDS, SECRETS, SLOTS
@@ -145,7 +145,7 @@ class TestRaces:
         async def forgetful(connector: Connector, config_hash: bytes) -> Keyring:
             keyring = await read_keyring(connector, config_hash)
             undeleted = {slot: SLOTS[slot] for slot in keyring.undeleted & SLOTS.keys()}
-            return dataclasses.replace(keyring, live=keyring.live | undeleted)
+            return msgspec.structs.replace(keyring, live=keyring.live | undeleted)
 
         async def none_left(seed: int) -> bool:
             return await race(random.Random(seed)) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import threading
 from typing import TYPE_CHECKING
@@ -134,7 +133,7 @@ async def test_a_reader_asks_for_nothing_more_in_a_row(elsewhere: FaultyConnecto
     source = make_source(tmp_path / "source", files=20, large_bytes=1 << 20)
     async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path), writing=True) as opened:
         await opened.backup([bytes(source)], ONE_WORKER)
-    fresh = dataclasses.replace(options(tmp_path), cache_dir=tmp_path / "another cache")
+    fresh = msgspec.structs.replace(options(tmp_path), cache_dir=tmp_path / "another cache")
     for knows in (False, True):
         elsewhere.calls.clear()
         async with open_repository(URL, passphrase=lambda: b"right", options=fresh, listing=True) as opened:
@@ -208,7 +207,7 @@ async def test_the_key_is_derived_while_the_storage_is_reached(
         async with open_repository(URL, passphrase=passphrase, options=opening):
             assert given == [b"right"]  # it may come from a pipe
 
-    at_hand = dataclasses.replace(options(tmp_path), passphrase_at_hand=True)
+    at_hand = msgspec.structs.replace(options(tmp_path), passphrase_at_hand=True)
     ahead = False
     shutil.rmtree(tmp_path / "state")
     await opened_with(at_hand)  # nothing is known
@@ -238,7 +237,7 @@ async def test_a_passphrase_that_can_not_be_had_is_told_of_once_it_is_needed(
 ) -> None:
     async with open_repository(URL, passphrase=lambda: b"right", options=options(tmp_path)):
         pass
-    at_hand = dataclasses.replace(options(tmp_path), passphrase_at_hand=True)
+    at_hand = msgspec.structs.replace(options(tmp_path), passphrase_at_hand=True)
 
     def empty() -> bytes:
         raise UsageError("an empty passphrase")

@@ -9,9 +9,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from rich.pretty import pretty_repr
 
+from coffret.connectors.sftplogin import Address, Login
 from coffret.engine import sealing
 from coffret.engine.errors import Damaged
+from coffret.engine.kdf import Cost, DerivedKeys, KdfParameters
 from coffret.engine.sealing import (
     END,
     FOOTER,
@@ -181,7 +184,10 @@ def test_kinds_without_a_key() -> None:
 
 
 def test_keys_never_show() -> None:
-    assert "d" * 5 not in repr(SECRETS)
+    derived = DerivedKeys(KdfParameters(b"s" * 16, Cost()), b"d" * 32, b"d" * 32)
+    login = Login(Address("host"), _passwords={"password: ": "d" * 32})
+    for held in (SECRETS, derived, login):
+        assert "d" * 5 not in repr(held) + pretty_repr(held)
     assert SECRETS.data_key.hex() not in f"{SECRETS} {ENCRYPTED!r} {ENCRYPTED.cipher_like(bytes(64), PACK)!r}"
 
 

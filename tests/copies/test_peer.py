@@ -75,7 +75,9 @@ def test_each_by_its_own_passphrase(tmp_path: Path, own: str | None, peers: str 
 def test_what_is_said_of_the_first_is_not_said_of_the_peer(tmp_path: Path) -> None:
     first, peer = make(tmp_path, "r", None), make(tmp_path, "p", None)
     location = str(tmp_path / "r")
-    assert opened(tmp_path, {}, Globals(repository=location, expect_id=first.repository_id))[1] == peer.repository_id
+    given = Globals(repository=location)
+    given.expect_id = first.repository_id
+    assert opened(tmp_path, {}, given)[1] == peer.repository_id
     # A local repository has no options, and would say so.
     given = Globals(repository=location, options={"region": "x"})
     assert opened(tmp_path, {}, given, both=False) == [peer.repository_id]
