@@ -32,6 +32,7 @@ from coffret.engine.passphrase import (
     passphrase_is_set,
     passphrase_variables,
 )
+from coffret.engine.processes import STOPPING
 from coffret.engine.repository import OpenOptions
 from coffret.engine.units import parse_size
 
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from coffret.engine.repository import Repository
 
 INTERRUPTED = 130
-# A closed terminal is told to whoever runs in it, once by the kernel and once by the shell.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What `check` says of damage, also where it is so bad that nothing more can be checked.
 DAMAGE_FOUND = 4
 # The variables that give the passphrase of the other repository of a command begin so.

@@ -169,7 +169,7 @@ def make_folders(folder: str, root: int) -> None:
         sync_folder("/".join(parts[: depth - 1]), root)
 
 
-def sync_folder(folder: str, root: int | None) -> None:
+def sync_folder(folder: str | Path, root: int | None = None) -> None:
     """Make the names in a folder durable; "" is the root, and without one `folder` is a path of its own."""
     fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
     try:
@@ -196,7 +196,7 @@ def sync_above(path: Path) -> None:
     """Make a folder's names durable, and its own, and those of all above it."""
     for folder in (path, *path.parents):
         with suppress(PermissionError):  # who may not look into it has made nothing there
-            sync_folder(str(folder), None)
+            sync_folder(folder)
 
 
 def scan(folder: str, root: int, *, durable: bool = False) -> Iterator[os.DirEntry[str]]:

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import xxhash
 
+from coffret.connectors.localfiles import sync_folder
 from coffret.engine.errors import CoffretError, OutOfSpace
 from coffret.engine.mirror_fold import FreshRuns, fold, runs_to_fold
 from coffret.engine.mirror_run import BadRun, Run, RunInfo, Span
-from coffret.engine.state import flush_names, make_private
+from coffret.engine.state import make_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
@@ -248,7 +249,7 @@ class Store:
             os.fdatasync(file.fileno())
         draft.rename(self.folder / _MANIFEST)
         if durable:
-            flush_names(self.folder)
+            sync_folder(self.folder)
         self._known = (data, manifest)
         kept = {info.file_name for info in manifest.runs}
         for path in self.folder.glob("*.run"):

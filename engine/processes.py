@@ -13,6 +13,8 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+#: What ends a program. It goes to all of its group; of a closed terminal the kernel tells, and the shell once more.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Between two looks at a process where there is no descriptor to wait on (seconds).
 _LOOK_S = 0.01
 

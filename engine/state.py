@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from blake3 import blake3
 
+from coffret.connectors.localfiles import sync_folder
 from coffret.engine.errors import CoffretError, RepositoryChanged
 
 if TYPE_CHECKING:
@@ -247,16 +248,4 @@ def replace_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(descriptor)
     fresh.replace(path)
-    flush_names(path.parent)
-
-
-def flush_names(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system knows how: some network mounts do not, nor need to."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -27,10 +27,10 @@ from coffret.engine.errors import WorkerDied
 from coffret.engine.flow import Waiters
 from coffret.engine.frames import frame, take_frames
 from coffret.engine.memory import give_back
-from coffret.engine.processes import all_ended, environment, exit_of, how_ended
+from coffret.engine.processes import STOPPING, all_ended, environment, exit_of, how_ended
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from types import TracebackType
 
     from anyio.abc import TaskGroup
@@ -42,8 +42,6 @@ _READ = 1 << 18
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 # What a worker imports beside the standard library.
 _PACKAGES = ("coffret", "blake3", "cryptography", "_cffi_backend", "msgspec", "xxhash", "zstandard")
-# What ends a program is the parent's to handle: a Ctrl-C, a closed terminal and a service's end go to all of its group.
-_NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How long a worker that was told to end may take, and one that was killed (seconds).
 _PATIENCE_S = 5.0
 
@@ -143,18 +141,20 @@ class WorkerPool:
         try:
             os.ftruncate(memory, self._slabs * self.slab_bytes)
             self._memory = mmap.mmap(memory, self._slabs * self.slab_bytes)
-            # What is blocked here is blocked there, from the first instruction on and for ever.
+            variables = {**environment(), **_MALLOC, "PYTHONPATH": _search_path()}
+            # What ends the program is for this process to handle. What is blocked here is blocked in a worker, from its
+            # first instruction on and for ever. Asked first: a handler that is due may raise as soon as that is done.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
                 for number in range(self._count):
-                    self.workers.append(self._spawn(memory, number))
+                    self.workers.append(self._spawn(memory, number, variables))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         finally:
             os.close(memory)
 
-    def _spawn(self, memory: int, number: int) -> Worker:
+    def _spawn(self, memory: int, number: int, variables: Mapping[str, str]) -> Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         arguments = [str(n) for n in (theirs.fileno(), memory, number, self._slabs, self.slab_bytes)]
@@ -168,7 +168,7 @@ class WorkerPool:
                     stderr=None if os.environ.get("COFFRET_TRACEBACK") else subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), memory),
                     cwd="/",
-                    env={**environment(), **_MALLOC, "PYTHONPATH": _search_path()},
+                    env=variables,
                 )
         except BaseException:
             ours.close()
